@@ -1,0 +1,118 @@
+"""The UNets that benchmarks and their tests run on: published sizes, random weights."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler, UNet2DConditionModel
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "sd15": {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8},
+    "sd21-base": {
+        "sample_size": 64,
+        "cross_attention_dim": 1024,
+        "attention_head_dim": (5, 10, 20, 20),
+        "use_linear_projection": True,
+    },
+    "sdxl": {
+        "sample_size": 128,
+        "cross_attention_dim": 2048,
+        "attention_head_dim": (5, 10, 20),
+        "block_out_channels": (320, 640, 1280),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "transformer_layers_per_block": (1, 2, 10),
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
+    },
+    # Small enough for a test of the benchmark itself: 1.5 M parameters.
+    "tiny": {
+        "sample_size": 16,
+        "cross_attention_dim": 32,
+        "attention_head_dim": 4,
+        "block_out_channels": (32, 64),
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        "norm_num_groups": 8,
+    },
+}
+NUM_TOKENS = 77  # what CLIP's tokenizer pads every Stable Diffusion prompt to
+
+
+def random_unet(
+    name: str, device: torch.device, dtype: torch.dtype, seed: int = 0
+) -> UNet2DConditionModel:
+    """Build a UNet of a published size without computing diffusers' own slow initialisation.
+
+    Args:
+        name: A key of `CONFIGS`.
+        device: Where the weights are drawn.
+        dtype: Their type.
+        seed: The generator's seed.
+
+    Returns:
+        The UNet, in evaluation mode and frozen.
+    """
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**CONFIGS[name])
+    unet.to_empty(device=device).to(dtype).eval().requires_grad_(False)
+    generator = torch.Generator(device).manual_seed(seed)
+    for parameter_name, parameter in unet.named_parameters():
+        if parameter.ndim > 1:  # variance 1 / fan-in keeps activations near 1 through the depth
+            bound = math.sqrt(3 / parameter[0].numel())
+            parameter.uniform_(-bound, bound, generator=generator)
+        else:  # a norm's scale near 1, every bias near 0: none of them a no-op
+            parameter.uniform_(-0.1, 0.1, generator=generator)
+            parameter.add_(1.0 if "norm" in parameter_name and "weight" in parameter_name else 0.0)
+    return unet
+
+
+def random_inputs(
+    unet: UNet2DConditionModel, batch: int, latent_size: int, seed: int = 1
+) -> dict[str, Any]:
+    """Draw one batch of inputs for a UNet.
+
+    Args:
+        unet: The UNet to be fed.
+        batch: Rows B.
+        latent_size: Latent height and width; the picture is eight times as large in pixels.
+        seed: The seed of a CPU generator, so that every device gets the same numbers.
+
+    Returns:
+        `latents` [B, C, h, w], `prompt_embeds` [B, 77, D] and, for SDXL, `added_cond_kwargs`.
+    """
+    config, generator = unet.config, torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(unet.device, unet.dtype)
+
+    inputs: dict[str, Any] = {
+        "latents": normal(batch, config.in_channels, latent_size, latent_size),
+        "prompt_embeds": normal(batch, NUM_TOKENS, config.cross_attention_dim),
+    }
+    if config.addition_embed_type == "text_time":
+        # Six sizes (original, crop, target) are embedded beside the pooled text.
+        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        pixels = float(8 * latent_size)
+        time_ids = torch.tensor([[pixels, pixels, 0.0, 0.0, pixels, pixels]] * batch)
+        inputs["added_cond_kwargs"] = {
+            "text_embeds": normal(batch, pooled),
+            "time_ids": time_ids.to(unet.device, unet.dtype),
+        }
+    return inputs
+
+
+def stable_diffusion_scheduler() -> DDIMScheduler:
+    """Return the scheduler of section 1 of the method: t = 751, 501, 251, 1 for four steps."""
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
