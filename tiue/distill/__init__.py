@@ -1,0 +1,44 @@
+"""Distillation of a Stable Diffusion UNet into a TiUE student, from prompts alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tiue.distill.config import DistillConfig
+
+if TYPE_CHECKING:
+    from tiue.distill.trainer import SampleHook
+
+__all__ = ["DistillConfig", "distill"]
+
+
+def distill(config: DistillConfig, on_sample: SampleHook | None = None) -> Path:
+    """Distil a teacher into a one-pass student (arXiv 2505.21960).
+
+    Args:
+        config: The run's settings.
+        on_sample: Called as `on_sample(unet, schedule, step)` every `config.sample_every` steps
+            with the student (its average, if one is kept) in evaluation mode, without a graph.
+
+    Returns:
+        The output folder: `unet/` and `scheduler/` (the average, if one is kept), `pipeline/`
+        where the teacher is a whole pipeline, `checkpoints/` and `log.jsonl`.
+
+    Raises:
+        CheckpointError: If the teacher, the student or the checkpoint cannot be loaded.
+        InputError: If the prompts or the settings cannot be used, or accelerate or PEFT is missing.
+        NonFiniteError: If a loss or gradient becomes NaN or infinite.
+        OutputError: If the output folder cannot be written or holds another run.
+    """
+    # Only here: the base install has neither accelerate nor PEFT, and the command line starts
+    # without waiting for them.
+    try:
+        from tiue.distill.trainer import Trainer
+    except ModuleNotFoundError as error:
+        if error.name not in ("accelerate", "peft"):
+            raise
+        from tiue.errors import InputError
+
+        raise InputError(f"Distillation needs {error.name}: pip install 'tiue[train]'.") from error
+    return Trainer(config, on_sample).train()

@@ -1,0 +1,144 @@
+"""The parts of a run, read from folders or hub ids: safetensors only, one clear error otherwise."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from transformers import AutoTokenizer, CLIPTextModel, PreTrainedModel, PreTrainedTokenizerBase
+
+from tiue.errors import CheckpointError, InputError, TiUEError
+from tiue.unet import TiUEUNet
+
+
+@contextmanager
+def _reading(part: str, source: str) -> Iterator[None]:
+    try:
+        yield
+    except TiUEError:
+        raise
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
+        raise CheckpointError(
+            f"Cannot load the {part} of '{source}' ({error}). Give the folder or hub id of a "
+            "Stable Diffusion pipeline with safetensors weights."
+        ) from error
+
+
+def load_teacher_unet(source: str, dtype: torch.dtype) -> UNet2DConditionModel:
+    """Load a teacher's UNet.
+
+    Args:
+        source: Folder or hub id of a Stable Diffusion pipeline.
+        dtype: Type of its weights; they are frozen, so half precision serves.
+
+    Returns:
+        The UNet.
+
+    Raises:
+        CheckpointError: If it is missing, incomplete, a pickle or of another architecture.
+    """
+    with _reading("UNet", source):
+        return UNet2DConditionModel.from_pretrained(
+            source, subfolder="unet", use_safetensors=True, torch_dtype=dtype
+        )
+
+
+def load_student(source: str) -> TiUEUNet:
+    """Load the weights that a student starts from, in float32.
+
+    Args:
+        source: Folder or hub id of a pipeline, or the folder of a UNet itself.
+
+    Returns:
+        The student, in training mode.
+
+    Raises:
+        CheckpointError: If it is missing, incomplete, a pickle or of another architecture.
+    """
+    subfolder = None if (Path(source) / "config.json").is_file() else "unet"
+    with _reading("student's UNet", source):
+        return TiUEUNet.from_pretrained(
+            source, subfolder=subfolder, use_safetensors=True, torch_dtype=torch.float32
+        ).train()
+
+
+def load_text(source: str) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+    """Load a teacher's tokenizer and text encoder.
+
+    Args:
+        source: Folder or hub id of a Stable Diffusion pipeline.
+
+    Returns:
+        The tokenizer and the text encoder.
+
+    Raises:
+        CheckpointError: If one is missing, incomplete or a pickle.
+    """
+    with _reading("tokenizer", source):
+        tokenizer = AutoTokenizer.from_pretrained(source, subfolder="tokenizer")
+    with _reading("text encoder", source):
+        text_encoder = CLIPTextModel.from_pretrained(
+            source, subfolder="text_encoder", use_safetensors=True
+        )
+    return tokenizer, text_encoder
+
+
+def load_student_scheduler(
+    source: str, num_decoder_steps: int, timestep_spacing: str | None = None
+) -> DDIMScheduler:
+    """Make the student's scheduler: DDIM over the teacher's diffusion.
+
+    Args:
+        source: Folder or hub id of the teacher.
+        num_decoder_steps: Decoder timesteps K.
+        timestep_spacing: Overrides the teacher's spacing.
+
+    Returns:
+        The scheduler, without clipping or thresholding, which no single linear pass could have.
+
+    Raises:
+        CheckpointError: If the teacher has no readable scheduler.
+        InputError: If the spacing leaves the student nothing to do.
+    """
+    overrides = {"timestep_spacing": timestep_spacing} if timestep_spacing else {}
+    with _reading("scheduler", source):
+        config = DDIMScheduler.load_config(source, subfolder="scheduler")
+        scheduler = DDIMScheduler.from_config(
+            config, clip_sample=False, thresholding=False, **overrides
+        )
+    spacing = scheduler.config.timestep_spacing
+    if num_decoder_steps == 1 and spacing != "trailing":
+        raise InputError(
+            f"One decoder step with '{spacing}' spacing is the one nearest to t = 0, where there is "
+            "no noise to turn into a picture. Set timestep_spacing to 'trailing'."
+        )
+    return scheduler
+
+
+def load_pipeline_around(
+    source: str, unet: UNet2DConditionModel, scheduler: DDIMScheduler
+) -> StableDiffusionPipeline | None:
+    """Put a student into the pipeline that its teacher came from.
+
+    Args:
+        source: Folder or hub id of the teacher.
+        unet: The student, as a plain diffusers UNet.
+        scheduler: The student's scheduler.
+
+    Returns:
+        The pipeline, or None if the teacher is not a whole one (no model_index.json, no VAE).
+
+    Raises:
+        CheckpointError: If a part that it lists cannot be loaded.
+    """
+    try:
+        index = StableDiffusionPipeline.load_config(source)
+    except (OSError, ValueError):
+        return None
+    if index.get("vae", [None])[0] is None:
+        return None
+    with _reading("pipeline", source):
+        return StableDiffusionPipeline.from_pretrained(
+            source, unet=unet, scheduler=scheduler, use_safetensors=True
+        )

@@ -1,0 +1,174 @@
+"""The frozen teacher and the LoRA teacher: one UNet, with an adapter switched off and on."""
+
+import torch
+from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers.training_utils import cast_training_params
+from peft import LoraConfig
+from torch import Tensor, nn
+
+from tiue.errors import ArchitectureError, SchedulerError
+
+
+class NoiseSchedule:
+    """The diffusion that the teacher was trained on: x_t = alpha_t x + sigma_t eps.
+
+    Args:
+        scheduler: Gives `alphas_cumprod` and `prediction_type`.
+
+    Raises:
+        SchedulerError: If the teacher predicts something other than noise, v or the sample.
+    """
+
+    def __init__(self, scheduler: DDIMScheduler) -> None:
+        # Formed in float64 and kept in float32: in half precision, sigma at t = 999 would be 1.
+        alphas_cumprod = scheduler.alphas_cumprod.double()
+        self.alpha = alphas_cumprod.sqrt().float()
+        self.sigma = (1 - alphas_cumprod).sqrt().float()
+        self.prediction_type: str = scheduler.config.prediction_type
+        if self.prediction_type not in ("epsilon", "v_prediction", "sample"):
+            raise SchedulerError(
+                f"A teacher with prediction_type '{self.prediction_type}' cannot be distilled; "
+                "it must be 'epsilon', 'v_prediction' or 'sample'."
+            )
+
+    def __len__(self) -> int:
+        return len(self.alpha)
+
+    def to(self, device: torch.device) -> "NoiseSchedule":
+        """Move the tables to a device."""
+        self.alpha, self.sigma = self.alpha.to(device), self.sigma.to(device)
+        return self
+
+    def at(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        """Look up alpha_t and sigma_t of timesteps [B]: two tensors [B, 1, 1, 1]."""
+        shape = (-1, 1, 1, 1)
+        return self.alpha[timesteps].view(shape), self.sigma[timesteps].view(shape)
+
+    def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Diffuse latents [B, C, H, W] to timesteps [B]: alpha_t x + sigma_t eps."""
+        alpha, sigma = self.at(timesteps)
+        return alpha * latents + sigma * noise
+
+    def to_noise(self, output: Tensor, noisy: Tensor, timesteps: Tensor) -> Tensor:
+        """Convert what the UNet predicts at x_t into noise.
+
+        v = alpha eps - sigma x and x_t = alpha x + sigma eps give eps = alpha v + sigma x_t
+        (arXiv 2202.00512, appendix D).
+
+        Args:
+            output: The UNet's prediction, [B, C, H, W].
+            noisy: x_t, [B, C, H, W].
+            timesteps: t, [B].
+
+        Returns:
+            The predicted noise, [B, C, H, W] float32.
+        """
+        output = output.float()
+        if self.prediction_type == "epsilon":
+            return output
+        alpha, sigma = self.at(timesteps)
+        if self.prediction_type == "v_prediction":
+            return alpha * output + sigma * noisy
+        return (noisy - alpha * output) / sigma
+
+
+class Teacher:
+    """A frozen teacher and its LoRA copy in the memory of one UNet.
+
+    Args:
+        unet: The teacher's UNet; it is frozen and receives the adapter.
+        noise_schedule: The diffusion that it was trained on.
+        lora_rank: Rank of the LoRA on every to_q and to_v.
+        lora_alpha: The LoRA's output is scaled by lora_alpha / lora_rank.
+
+    Raises:
+        ArchitectureError: If the UNet wants more than latents, timestep and text.
+    """
+
+    def __init__(
+        self,
+        unet: UNet2DConditionModel,
+        noise_schedule: NoiseSchedule,
+        lora_rank: int = 64,
+        lora_alpha: float = 108.0,
+    ) -> None:
+        if unet.config.addition_embed_type or unet.config.class_embed_type:
+            raise ArchitectureError(
+                "This teacher's UNet takes conditions besides the prompt (SDXL's size embedding, "
+                "class labels); only UNets of the Stable Diffusion 1 and 2 kind can be distilled."
+            )
+        self.unet = unet.requires_grad_(False).eval()
+        self.noise_schedule = noise_schedule
+        unet.add_adapter(
+            LoraConfig(
+                r=lora_rank,
+                lora_alpha=lora_alpha,
+                target_modules=["to_q", "to_v"],
+                init_lora_weights="gaussian",
+            )
+        )
+        cast_training_params(unet, torch.float32)
+        # The module that the LoRA is trained through: what accelerate wraps for many processes.
+        self.trained: nn.Module = unet
+        self.lora_parameters = [p for p in unet.parameters() if p.requires_grad]
+
+    @torch.no_grad()
+    def guided_noise(
+        self,
+        noisy: Tensor,
+        timesteps: Tensor,
+        prompt_embeds: Tensor,
+        empty_embeds: Tensor,
+        guidance_scale: float,
+        lora: bool,
+    ) -> Tensor:
+        """Predict noise with classifier-free guidance, both halves in one call.
+
+        eps^cfg = eps(x_t, empty) + w (eps(x_t, c) - eps(x_t, empty)); arXiv 2207.12598, eq. 6.
+
+        Args:
+            noisy: x_t, [B, C, H, W].
+            timesteps: t, [B].
+            prompt_embeds: The condition c, [B, L, D].
+            empty_embeds: Embedding of the empty prompt, [1, L, D].
+            guidance_scale: w; 1 runs the conditional half alone.
+            lora: Ask the LoRA teacher instead of the frozen one.
+
+        Returns:
+            The guided noise, [B, C, H, W] float32, without a graph.
+        """
+        if lora:
+            self.unet.enable_adapters()
+        else:
+            self.unet.disable_adapters()
+        if guidance_scale == 1:
+            output = self.unet(noisy, timesteps, prompt_embeds, return_dict=False)[0]
+        else:
+            embeds = torch.cat([empty_embeds.expand_as(prompt_embeds), prompt_embeds])
+            output = self.unet(
+                noisy.repeat(2, 1, 1, 1), timesteps.repeat(2), embeds, return_dict=False
+            )[0]
+            empty, conditional = output.float().chunk(2)
+            output = empty + guidance_scale * (conditional - empty)
+        # Guiding v and then converting it is the same as the reverse: both are affine in v.
+        return self.noise_schedule.to_noise(output, noisy, timesteps)
+
+    def lora_noise(self, noisy: Tensor, timesteps: Tensor, prompt_embeds: Tensor) -> Tensor:
+        """Predict noise with the LoRA teacher for its training, unguided and with a graph.
+
+        Args:
+            noisy: x_t, [B, C, H, W].
+            timesteps: t, [B].
+            prompt_embeds: The condition, [B, L, D].
+
+        Returns:
+            The noise, [B, C, H, W] float32.
+        """
+        self.unet.enable_adapters()
+        output = self.trained(noisy, timesteps, prompt_embeds, return_dict=False)[0]
+        return self.noise_schedule.to_noise(output, noisy, timesteps)
+
+
+def drop_prompts(prompt_embeds: Tensor, empty_embeds: Tensor, dropped: Tensor) -> Tensor:
+    """Put the empty prompt [1, L, D] in place of embeddings [B, L, D] where `dropped` [B] holds."""
+    return torch.where(dropped.view(-1, 1, 1), empty_embeds, prompt_embeds)
