@@ -1,0 +1,35 @@
+"""TiUE: a Stable Diffusion student that makes an image in one pass, with no loop over the UNet.
+
+The encoder of the UNet runs once, the decoder for K timesteps in one batch
+(Li et al., CVPR 2025, arXiv 2505.21960).
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tiue.openmoji import load_openmoji
+    from tiue.pipelines import TiUEPipeline
+    from tiue.schedule import OnePassSchedule
+    from tiue.unet import TiUEUNet
+
+__version__ = "0.1.0"
+__all__ = ["OnePassSchedule", "TiUEPipeline", "TiUEUNet", "load_openmoji"]
+
+# Imported at first use: torch and diffusers take seconds, `tiue --help` must not.
+_HOMES = {
+    "OnePassSchedule": "tiue.schedule",
+    "TiUEPipeline": "tiue.pipelines",
+    "TiUEUNet": "tiue.unet",
+    "load_openmoji": "tiue.openmoji",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_HOMES]

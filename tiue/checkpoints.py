@@ -1,0 +1,89 @@
+"""What may be loaded: diffusers' layout, safetensors only, the right architecture."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from tiue.errors import CheckpointError
+
+PICKLES = {".bin", ".ckpt", ".pt", ".pth"}
+UNET_CLASSES = {"UNet2DConditionModel", "TiUEUNet"}
+
+
+def looks_local(name: str) -> bool:
+    """Tell whether a name that is no folder here was meant as one, so that no network is asked.
+
+    Args:
+        name: what was given as folder or hub id.
+
+    Returns:
+        False only for `owner/model` where `owner` is no folder here.
+    """
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return True
+    owner, _, model = name.partition("/")
+    return not model or os.path.exists(owner)
+
+
+def pickle_message(path: str | os.PathLike[str]) -> str:
+    """Say that pickles are not loaded and how to convert one."""
+    return (
+        f"{path} holds only pickled weights, which can run code when loaded; only safetensors are"
+        " loaded. If you trust the file, convert it: diffusers.StableDiffusionPipeline."
+        "from_pretrained(folder, use_safetensors=False).save_pretrained(new_folder), or"
+        " from_single_file(file) for a single .ckpt"
+    )
+
+
+def check_unet_folder(name: str | os.PathLike[str], subfolder: str | None) -> None:
+    """See, before anything is loaded, that a local name is a folder with safetensors weights.
+
+    Args:
+        name: a folder or a hub id; a hub id passes.
+        subfolder: where in it the UNet lies.
+
+    Raises:
+        CheckpointError: the folder is missing, or holds no safetensors.
+    """
+    root = Path(name)
+    if not root.is_dir():
+        if looks_local(str(name)):
+            raise CheckpointError(
+                f"there is no folder {name}: give a folder that save_pretrained wrote, or a hub id"
+                " owner/model"
+            )
+        return
+    folder = root / (subfolder or "")
+    if not (folder / "config.json").is_file():
+        hint = "; the UNet lies in its subfolder: subfolder='unet'"
+        raise CheckpointError(
+            f"{folder} has no config.json{hint if (folder / 'unet').is_dir() else ''}"
+        )
+    suffixes = {path.suffix for path in folder.iterdir()}
+    if ".safetensors" not in suffixes:
+        if suffixes & PICKLES:
+            raise CheckpointError(pickle_message(folder))
+        raise CheckpointError(f"{folder} holds no .safetensors weights; fetch them again")
+
+
+def check_unet_config(name: str | os.PathLike[str], config: dict[str, Any]) -> None:
+    """See that a config.json is a conditional UNet's.
+
+    Args:
+        name: where it came from, for the message.
+        config: its content.
+
+    Raises:
+        CheckpointError: another architecture.
+    """
+    kind = config.get("_class_name")
+    if kind not in UNET_CLASSES:
+        raise CheckpointError(
+            f"{name} holds a {kind or 'model of no named class'}; TiUEUNet loads the"
+            " UNet2DConditionModel of a Stable Diffusion model"
+        )

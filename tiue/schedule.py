@@ -1,0 +1,200 @@
+"""The K steps of a deterministic diffusers scheduler as one linear map of latents and outputs."""
+
+import copy
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from tiue.errors import InputError, SchedulerError
+from tiue_kernels import functional
+
+_CURE = "use for instance DDIMScheduler.from_config(scheduler.config)"
+
+
+@dataclass(frozen=True)
+class OnePassSchedule:
+    """x = S z + sum_k E_k eps_k (TiUE, arXiv 2505.21960): K scheduler steps taken at once.
+
+    The steps are one linear map because no model output depends on another.
+
+    Attributes:
+        timesteps: [K], the decoder's timesteps, as the scheduler gives them.
+        latent_coefficient: S.
+        noise_coefficients: [K] float64, E_k.
+        encoder_timestep: scalar tensor, the scheduler's first timestep; the encoder runs at it.
+        prediction_type: what the model outputs mean: "epsilon", "v_prediction" or "sample".
+        init_noise_sigma: standard deviation of the initial latents.
+        model_input_scale: what the model's input is multiplied by at the first timestep.
+    """
+
+    timesteps: torch.Tensor
+    latent_coefficient: float
+    noise_coefficients: torch.Tensor
+    encoder_timestep: torch.Tensor
+    prediction_type: str
+    init_noise_sigma: float
+    model_input_scale: float
+
+    @classmethod
+    def from_scheduler(cls, scheduler: Any, num_decoder_steps: int = 4) -> "OnePassSchedule":
+        """Take S and E from a scheduler by stepping a copy of it on scalars, in float64.
+
+        Args:
+            scheduler: any deterministic diffusers scheduler whose step is linear in the sample
+                and the model outputs (DDIM, Euler, DPM-Solver++, ...); it is not changed.
+            num_decoder_steps: K.
+
+        Returns:
+            The schedule.
+
+        Raises:
+            InputError: K < 1, or more steps than the scheduler was made for.
+            SchedulerError: the scheduler draws noise, clips, thresholds, wants more than one
+                model output a step, or is not linear for another reason.
+        """
+        config = scheduler.config
+        limit = config.get("num_train_timesteps")
+        if num_decoder_steps < 1:
+            raise InputError(f"num_decoder_steps must be at least 1, got {num_decoder_steps}")
+        if limit is not None and num_decoder_steps > limit:
+            raise InputError(
+                f"num_decoder_steps = {num_decoder_steps} is more than the {limit} timesteps "
+                f"that {type(scheduler).__name__} was made for"
+            )
+        for setting in ("clip_sample", "thresholding"):
+            if config.get(setting):
+                raise SchedulerError(
+                    f"{type(scheduler).__name__} has {setting}=True, which is not linear: build "
+                    f"it with {setting}=False"
+                )
+        try:
+            return cls._probe(scheduler, num_decoder_steps)
+        except (InputError, SchedulerError):
+            raise
+        except Exception as error:
+            raise SchedulerError(
+                f"{type(scheduler).__name__} cannot be stepped on scalars "
+                f"({type(error).__name__}: {error}); {_CURE}"
+            ) from error
+
+    @classmethod
+    def _probe(cls, scheduler: Any, num_decoder_steps: int) -> "OnePassSchedule":
+        name = type(scheduler).__name__
+        stepped = copy.deepcopy(scheduler)
+        stepped.set_timesteps(num_decoder_steps)
+        timesteps = stepped.timesteps.clone()
+        if len(timesteps) != num_decoder_steps:
+            raise SchedulerError(
+                f"{name} wants {len(timesteps)} model outputs for {num_decoder_steps} steps; {_CURE}"
+            )
+        init_noise_sigma = float(stepped.init_noise_sigma)
+        one = torch.ones((), dtype=torch.float64)
+        model_input_scale = copy.deepcopy(stepped).scale_model_input(one, timesteps[0]).item()
+
+        # The unit vectors give the coefficients; a map that clips, saturates or adds a constant
+        # fails on zero or on large values.
+        size = num_decoder_steps + 1
+        generator = torch.Generator().manual_seed(0)
+        trials = torch.randn(3, size, dtype=torch.float64, generator=generator)
+        trials *= torch.tensor([[0.0], [1.0], [1e3]], dtype=torch.float64)
+        results, drew_noise = _run(stepped, torch.cat([torch.eye(size).to(trials), trials]))
+        if drew_noise:
+            raise SchedulerError(f"{name} draws noise at its steps; {_CURE}")
+        coefficients = results[:size]
+        error = (results[size:] - trials @ coefficients).abs()
+        # 1e-5: several schedulers step in float32 whatever they are given.
+        if not (error <= 1e-5 * (trials.abs() @ coefficients.abs())).all():
+            raise SchedulerError(
+                f"the steps of {name} are not a linear map of latents and model outputs; {_CURE}"
+            )
+
+        return cls(
+            timesteps=timesteps,
+            latent_coefficient=coefficients[0].item(),
+            noise_coefficients=coefficients[1:],
+            encoder_timestep=timesteps[0],
+            prediction_type=scheduler.config.get("prediction_type", "epsilon"),
+            init_noise_sigma=init_noise_sigma,
+            model_input_scale=model_input_scale,
+        )
+
+    @property
+    def num_decoder_steps(self) -> int:
+        """K."""
+        return len(self.timesteps)
+
+    def scale_model_input(self, latents: torch.Tensor) -> torch.Tensor:
+        """The model's input at the first timestep (Euler divides by sqrt(sigma^2 + 1)).
+
+        Args:
+            latents: [B, C, H, W].
+
+        Returns:
+            [B, C, H, W].
+        """
+        if self.model_input_scale == 1.0:
+            return latents
+        return latents * self.model_input_scale
+
+    def combine(self, latents: torch.Tensor, noise_pred: torch.Tensor) -> torch.Tensor:
+        """S z + sum_k E_k eps_k, differentiable.
+
+        Args:
+            latents: [B, C, H, W], z, not scaled by `scale_model_input`.
+            noise_pred: [K, B, C, H, W], from `TiUEUNet.predict_noise`.
+
+        Returns:
+            [B, C, H, W].
+
+        Raises:
+            ValueError: the shapes do not fit together.
+        """
+        return functional.one_pass_combine(
+            latents, noise_pred, self.latent_coefficient, self.noise_coefficients
+        )
+
+    def skip_below(self, bound: float) -> "OnePassSchedule":
+        """Drop the decoder rows whose |E_k| is under a bound: lossy, cheaper.
+
+        With K = 4 and the usual Stable Diffusion schedule, t = 1 has weight 0.0121. The encoder
+        keeps its timestep.
+
+        Args:
+            bound: the least |E_k| that is kept.
+
+        Returns:
+            The shorter schedule.
+
+        Raises:
+            InputError: no row would be left.
+        """
+        kept = self.noise_coefficients.abs() >= bound
+        if not kept.any():
+            raise InputError(
+                f"skip_below = {bound} drops every decoder row; the largest |E_k| is "
+                f"{self.noise_coefficients.abs().max():.4g}"
+            )
+        return replace(
+            self, timesteps=self.timesteps[kept], noise_coefficients=self.noise_coefficients[kept]
+        )
+
+
+def _run(scheduler: Any, probes: torch.Tensor) -> tuple[torch.Tensor, bool]:
+    """Step over given model outputs, every probe a sample of one pixel.
+
+    Args:
+        scheduler: its timesteps are set; its state is used up.
+        probes: [probes, 1 + K] float64, the latent and the K model outputs of each.
+
+    Returns:
+        [probes] float64, and whether the scheduler drew random numbers.
+    """
+    sample, *outputs = probes.T[:, :, None, None, None].unbind()  # (probes, 1, 1, 1) each
+    with torch.random.fork_rng(devices=[]):
+        state = torch.get_rng_state()
+        for timestep, output in zip(scheduler.timesteps, outputs, strict=True):
+            scheduler.scale_model_input(sample, timestep)  # Euler complains when it is not asked
+            sample = scheduler.step(output, timestep, sample, return_dict=False)[0]
+        drew_noise = not torch.equal(state, torch.get_rng_state())
+    return sample.flatten().double(), drew_noise

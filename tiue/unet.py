@@ -1,0 +1,465 @@
+"""TiUEUNet: a Stable Diffusion UNet whose encoder runs once and whose decoder runs K timesteps."""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from diffusers import UNet2DConditionModel
+from diffusers.utils.accelerate_utils import apply_forward_hook
+from diffusers.utils.peft_utils import apply_lora_scale
+from torch import nn
+
+from tiue.checkpoints import check_unet_config, check_unet_folder
+from tiue.decoder import Rows, SharedContext, decode_up_block, is_plain, repeat_rows
+from tiue.errors import ArchitectureError, CheckpointError, InputError
+from tiue.schedule import OnePassSchedule
+from tiue_kernels import functional
+
+T = TypeVar("T", bound="TiUEUNet")
+
+_HUB_ARGUMENTS = {
+    "subfolder", "revision", "token", "cache_dir", "local_files_only", "force_download", "proxies"
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class EncoderFeatures:
+    """What the encoder hands to the decoder, all of B rows, shared by every timestep.
+
+    Attributes:
+        hidden: [B, C, h, w], after the mid block.
+        skips: the down blocks' outputs, in the encoder's order, ControlNet residuals added.
+        encoder_hidden_states: the text as cross-attention reads it, [B, L, D] (a tuple with
+            IP-Adapter).
+        attention_mask: [B, 1, keys] bias of self-attention, or None.
+        encoder_attention_mask: [B, 1, L] bias of cross-attention, or None.
+        cross_attention_kwargs: what attention processors are given, and the LoRA `scale`.
+        timestep_cond: [B, D], beside the timestep (guidance embedding), or None.
+        class_embedding: [B, E], or None.
+        added_embedding: [B, E], SDXL's size and pooled text, or None.
+        sample_dtype: of the latents.
+    """
+
+    hidden: torch.Tensor
+    skips: tuple[torch.Tensor, ...]
+    encoder_hidden_states: Any
+    attention_mask: torch.Tensor | None
+    encoder_attention_mask: torch.Tensor | None
+    cross_attention_kwargs: dict[str, Any] | None
+    timestep_cond: torch.Tensor | None
+    class_embedding: torch.Tensor | None
+    added_embedding: torch.Tensor | None
+    sample_dtype: torch.dtype
+
+
+class TiUEUNet(UNet2DConditionModel):
+    """A `UNet2DConditionModel` that runs its encoder once and its decoder for K timesteps.
+
+    Same configuration, same state dict, same `forward` as its parent. The one pass is that of
+    TiUE (Li et al., CVPR 2025, arXiv 2505.21960), with the exact savings of docs/method.md.
+    """
+
+    @classmethod
+    def from_pretrained(
+        cls: type[T], pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
+    ) -> T:
+        """Load the weights of any Stable Diffusion UNet; only safetensors are read.
+
+        Args:
+            pretrained_model_name_or_path: a folder or a hub id.
+            **kwargs: as diffusers' `from_pretrained` (`subfolder`, `torch_dtype`, ...).
+
+        Returns:
+            The student, in eval mode.
+
+        Raises:
+            CheckpointError: nothing there, a pickle, or another architecture.
+            ArchitectureError: a UNet without cross-attention.
+        """
+        name, subfolder = pretrained_model_name_or_path, kwargs.get("subfolder")
+        check_unet_folder(name, subfolder)
+        hub = {k: kwargs[k] for k in _HUB_ARGUMENTS & kwargs.keys()}
+        kwargs["use_safetensors"] = True
+        try:
+            check_unet_config(name, cls.load_config(name, **hub))
+            unet = super().from_pretrained(name, **kwargs)
+        except CheckpointError:
+            raise
+        except (OSError, ValueError, RuntimeError) as error:
+            raise CheckpointError(f"no UNet could be loaded from {name}: {error}") from error
+        _check_architecture(unet)
+        return unet
+
+    @classmethod
+    def from_unet(cls: type[T], unet: UNet2DConditionModel) -> T:
+        """Make a student of a UNet: it shares every module and parameter, nothing is copied.
+
+        Args:
+            unet: any Stable Diffusion UNet, adapters and all.
+
+        Returns:
+            The student, on the same device and in the same mode.
+
+        Raises:
+            ArchitectureError: a UNet without cross-attention, or no `UNet2DConditionModel`.
+        """
+        if not isinstance(unet, UNet2DConditionModel):
+            raise ArchitectureError(
+                f"TiUEUNet is made of a diffusers UNet2DConditionModel, not {type(unet).__name__}"
+            )
+        _check_architecture(unet)
+        student = cls.__new__(cls)
+        # The registries are copied so that a module set on one is not set on the other.
+        student.__dict__.update(
+            {
+                k: v.copy() if k.startswith("_") and isinstance(v, dict) else v
+                for k, v in vars(unet).items()
+            }
+        )
+        return student
+
+    def to_json_string(self) -> str:
+        """The configuration under the parent's class name, so that plain diffusers loads it."""
+        config = json.loads(super().to_json_string())
+        config["_class_name"] = UNet2DConditionModel.__name__
+        return json.dumps(config, indent=2, sort_keys=True) + "\n"
+
+    @apply_forward_hook
+    def encode(
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor | float,
+        encoder_hidden_states: torch.Tensor,
+        class_labels: torch.Tensor | None = None,
+        timestep_cond: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        added_cond_kwargs: dict[str, torch.Tensor] | None = None,
+        down_block_additional_residuals: Sequence[torch.Tensor] | None = None,
+        mid_block_additional_residual: torch.Tensor | None = None,
+        down_intrablock_additional_residuals: Sequence[torch.Tensor] | None = None,
+        encoder_attention_mask: torch.Tensor | None = None,
+    ) -> EncoderFeatures:
+        """Run `conv_in`, the down blocks and the mid block once.
+
+        Args:
+            sample: [B, C, H, W], scaled as the scheduler wants it.
+            timestep: the encoder's timestep, a scalar.
+            encoder_hidden_states: [B, L, D], the prompt embeddings.
+            class_labels: as in diffusers' `UNet2DConditionModel.forward`, and so the rest.
+            timestep_cond: ...
+            attention_mask: [B, keys], 1 = keep.
+            cross_attention_kwargs: ...
+            added_cond_kwargs: SDXL's `text_embeds` and `time_ids`, IP-Adapter's `image_embeds`.
+            down_block_additional_residuals: ControlNet's, added to the skips once, for all k.
+            mid_block_additional_residual: ControlNet's, added after the mid block.
+            down_intrablock_additional_residuals: T2I-Adapter's.
+            encoder_attention_mask: [B, L], 1 = keep.
+
+        Returns:
+            The features that `decode` takes, any number of times.
+
+        Raises:
+            InputError: channels or rows that do not fit.
+        """
+        self._check_inputs(sample, encoder_hidden_states)
+        if cross_attention_kwargs is not None and "gligen" in cross_attention_kwargs:
+            objs = self.position_net(**cross_attention_kwargs["gligen"])
+            cross_attention_kwargs = {**cross_attention_kwargs, "gligen": {"objs": objs}}
+        controlnet = None
+        if mid_block_additional_residual is not None:
+            controlnet = (down_block_additional_residuals or (), mid_block_additional_residual)
+        elif down_intrablock_additional_residuals is None:
+            # diffusers takes a lone `down_block_additional_residuals` for a T2I-Adapter's.
+            down_intrablock_additional_residuals = down_block_additional_residuals
+        return self._encode(
+            sample,
+            timestep,
+            encoder_hidden_states,
+            class_labels,
+            timestep_cond,
+            _mask_to_bias(attention_mask, sample.dtype),
+            added_cond_kwargs,
+            controlnet,
+            list(down_intrablock_additional_residuals or ()),
+            _mask_to_bias(encoder_attention_mask, sample.dtype),
+            cross_attention_kwargs=cross_attention_kwargs,
+        )
+
+    def decode(
+        self, features: EncoderFeatures, timesteps: torch.Tensor | Sequence[float]
+    ) -> torch.Tensor:
+        """Run the decoder for K timesteps in one batch over the same features.
+
+        Args:
+            features: from `encode`.
+            timesteps: [K].
+
+        Returns:
+            [K, B, C, H, W], the model output at each timestep.
+
+        Raises:
+            InputError: no timestep.
+        """
+        timesteps = _as_timesteps(timesteps, features.hidden.device)
+        kwargs = features.cross_attention_kwargs
+        hidden = self._decode(features, timesteps, cross_attention_kwargs=kwargs)
+        if self.conv_norm_out is not None:
+            hidden = self.conv_act(self.conv_norm_out(hidden))
+        return self.conv_out(hidden).unflatten(0, (len(timesteps), features.hidden.shape[0]))
+
+    def decode_combined(
+        self, features: EncoderFeatures, latents: torch.Tensor, schedule: OnePassSchedule
+    ) -> torch.Tensor:
+        """Decode and combine, the K timesteps summed before the last convolution.
+
+        Equal to `schedule.combine(latents, self.decode(features, schedule.timesteps))` up to
+        rounding: sum_k E_k conv_out(a_k) = conv_out(sum_k E_k a_k), the bias scaled by sum_k E_k.
+
+        Args:
+            features: from `encode`.
+            latents: [B, C, H, W], z, not scaled.
+            schedule: timesteps, S and E.
+
+        Returns:
+            [B, C, H, W].
+        """
+        norm, conv = self.conv_norm_out, self.conv_out
+        plain = is_plain(norm, nn.GroupNorm) and is_plain(self.conv_act, nn.SiLU)
+        if not (plain and is_plain(conv, nn.Conv2d)):
+            return schedule.combine(latents, self.decode(features, schedule.timesteps))
+
+        timesteps = _as_timesteps(schedule.timesteps, features.hidden.device)
+        kwargs = features.cross_attention_kwargs
+        hidden = functional.timestep_sum_group_norm_silu(
+            self._decode(features, timesteps, cross_attention_kwargs=kwargs),
+            schedule.noise_coefficients,
+            norm.num_groups,
+            norm.weight,
+            norm.bias,
+            norm.eps,
+        )
+        bias = conv.bias * schedule.noise_coefficients.sum().item()
+        noise = F.conv2d(hidden, conv.weight, bias, conv.stride, conv.padding)
+        return (schedule.latent_coefficient * latents + noise).to(latents.dtype)
+
+    def predict_noise(
+        self,
+        latents: torch.Tensor,
+        timesteps: torch.Tensor | Sequence[float],
+        prompt_embeds: torch.Tensor,
+        **conditioning: Any,
+    ) -> torch.Tensor:
+        """The K model outputs of the one pass: encoder at the first timestep, decoder at all.
+
+        Args:
+            latents: [B, C, H, W], scaled as the scheduler wants the model's input
+                (`OnePassSchedule.scale_model_input`).
+            timesteps: [K].
+            prompt_embeds: [B, L, D].
+            **conditioning: as `encode`: `added_cond_kwargs`, `class_labels`, `timestep_cond`,
+                `attention_mask`, `encoder_attention_mask`, `cross_attention_kwargs`, and the
+                ControlNet and T2I-Adapter residuals.
+
+        Returns:
+            [K, B, C, H, W], differentiable.
+
+        Raises:
+            InputError: channels or rows that do not fit, or no timestep.
+        """
+        timesteps = _as_timesteps(timesteps, latents.device)
+        features = self.encode(latents, timesteps[0], prompt_embeds, **conditioning)
+        return self.decode(features, timesteps)
+
+    @torch.no_grad()
+    def one_pass(
+        self,
+        latents: torch.Tensor,
+        schedule: OnePassSchedule,
+        prompt_embeds: torch.Tensor,
+        **conditioning: Any,
+    ) -> torch.Tensor:
+        """The whole pass at inference: scale, encode, decode, combine before `conv_out`.
+
+        Args:
+            latents: [B, C, H, W], noise of standard deviation `schedule.init_noise_sigma`.
+            schedule: timesteps, S and E.
+            prompt_embeds: [B, L, D].
+            **conditioning: as `predict_noise`.
+
+        Returns:
+            [B, C, H, W], the denoised latents.
+
+        Raises:
+            InputError: channels or rows that do not fit.
+        """
+        model_input = schedule.scale_model_input(latents)
+        features = self.encode(
+            model_input, schedule.encoder_timestep, prompt_embeds, **conditioning
+        )
+        return self.decode_combined(features, latents, schedule)
+
+    @apply_lora_scale("cross_attention_kwargs")
+    def _encode(
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor | float,
+        prompt_embeds: torch.Tensor,
+        class_labels: torch.Tensor | None,
+        timestep_cond: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        added_cond_kwargs: dict[str, torch.Tensor] | None,
+        controlnet: tuple[Sequence[torch.Tensor], torch.Tensor] | None,
+        adapter: list[torch.Tensor],
+        encoder_attention_mask: torch.Tensor | None,
+        cross_attention_kwargs: dict[str, Any] | None,
+    ) -> EncoderFeatures:
+        if self.config.center_input_sample:
+            sample = 2 * sample - 1.0
+        embedding = self.time_embedding(self.get_time_embed(sample, timestep), timestep_cond)
+        class_embedding = self.get_class_embed(sample, class_labels)
+        added_embedding = self.get_aug_embed(embedding, prompt_embeds, added_cond_kwargs)
+        embedding = self._condition(embedding, class_embedding, added_embedding)
+        text = self.process_encoder_hidden_states(prompt_embeds, added_cond_kwargs)
+        attention: dict[str, Any] = {
+            "encoder_hidden_states": text,
+            "attention_mask": attention_mask,
+            "cross_attention_kwargs": cross_attention_kwargs,
+            "encoder_attention_mask": encoder_attention_mask,
+        }
+
+        hidden = self.conv_in(sample)
+        skips: tuple[torch.Tensor, ...] = (hidden,)
+        for block in self.down_blocks:
+            arguments = {}
+            crosses = getattr(block, "has_cross_attention", False)
+            if crosses:
+                arguments = dict(attention)
+                if adapter:
+                    arguments["additional_residuals"] = adapter.pop(0)
+            hidden, outputs = block(hidden_states=hidden, temb=embedding, **arguments)
+            if adapter and not crosses:
+                # diffusers adds in place, so the block's last skip carries the residual too.
+                hidden = hidden + adapter.pop(0)
+                outputs = (*outputs[:-1], hidden)
+            skips += outputs
+
+        if self.mid_block is not None:
+            crosses = getattr(self.mid_block, "has_cross_attention", False)
+            hidden = self.mid_block(hidden, embedding, **(attention if crosses else {}))
+            if adapter and adapter[0].shape == hidden.shape:
+                hidden = hidden + adapter.pop(0)
+        if controlnet is not None:
+            down, mid = controlnet
+            skips = tuple(skip + extra for skip, extra in zip(skips, down, strict=True))
+            hidden = hidden + mid
+
+        return EncoderFeatures(
+            hidden=hidden,
+            skips=skips,
+            encoder_hidden_states=text,
+            attention_mask=attention_mask,
+            encoder_attention_mask=encoder_attention_mask,
+            cross_attention_kwargs=cross_attention_kwargs,
+            timestep_cond=timestep_cond,
+            class_embedding=class_embedding,
+            added_embedding=added_embedding,
+            sample_dtype=sample.dtype,
+        )
+
+    @apply_lora_scale("cross_attention_kwargs")
+    def _decode(
+        self,
+        features: EncoderFeatures,
+        timesteps: torch.Tensor,
+        cross_attention_kwargs: dict[str, Any] | None,
+    ) -> torch.Tensor:
+        """[K*B, C, H, W] before `conv_norm_out`."""
+        count, batch = len(timesteps), features.hidden.shape[0]
+        anchor = features.hidden.new_empty(count * batch, 0, dtype=features.sample_dtype)
+        repeated = repeat_rows(
+            (features.timestep_cond, features.class_embedding, features.added_embedding), count
+        )
+        timestep_cond, class_embedding, added_embedding = repeated
+        embedding = self.get_time_embed(anchor, timesteps.repeat_interleave(batch))
+        embedding = self.time_embedding(embedding, timestep_cond)
+        embedding = self._condition(embedding, class_embedding, added_embedding)
+        context = SharedContext(
+            timesteps=count,
+            encoder_hidden_states=features.encoder_hidden_states,
+            attention_mask=features.attention_mask,
+            encoder_attention_mask=features.encoder_attention_mask,
+            cross_attention_kwargs=cross_attention_kwargs,
+        )
+
+        skips = features.skips
+        factor = 2**self.num_upsamplers
+        exact = all(size % factor == 0 for size in skips[0].shape[2:])
+        rows = Rows(features.hidden, shared=True)
+        for block in self.up_blocks:
+            border = len(skips) - len(block.resnets)
+            skips, block_skips = skips[:border], skips[border:]
+            upsample_size = tuple(skips[-1].shape[2:]) if skips and not exact else None
+            rows = decode_up_block(block, rows, block_skips, embedding, context, upsample_size)
+        return rows.value
+
+    def _condition(
+        self,
+        embedding: torch.Tensor,
+        class_embedding: torch.Tensor | None,
+        added_embedding: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Time, class and added embeddings of the same rows, joined as the parent joins them."""
+        if class_embedding is not None:
+            if self.config.class_embeddings_concat:
+                embedding = torch.cat([embedding, class_embedding], dim=-1)
+            else:
+                embedding = embedding + class_embedding
+        if added_embedding is not None:
+            embedding = embedding + added_embedding
+        return embedding if self.time_embed_act is None else self.time_embed_act(embedding)
+
+    def _check_inputs(self, sample: torch.Tensor, prompt_embeds: torch.Tensor) -> None:
+        channels = self.config.in_channels
+        if sample.ndim != 4 or sample.shape[1] != channels:
+            raise InputError(
+                f"latents must be [B, {channels}, H, W] for this UNet, got {tuple(sample.shape)}"
+            )
+        if prompt_embeds.ndim != 3 or prompt_embeds.shape[0] != sample.shape[0]:
+            raise InputError(
+                f"prompt_embeds must be [{sample.shape[0]}, L, D], one row for each of the "
+                f"latents, got {tuple(prompt_embeds.shape)}"
+            )
+
+
+def _as_timesteps(timesteps: torch.Tensor | Sequence[float], device: torch.device) -> torch.Tensor:
+    timesteps = torch.as_tensor(timesteps, device=device)
+    if timesteps.ndim != 1 or not len(timesteps):
+        raise InputError(
+            f"timesteps must be [K] with K of at least 1, got shape {tuple(timesteps.shape)}"
+        )
+    return timesteps
+
+
+def _mask_to_bias(mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+    """[B, keys] of 1 = keep to a [B, 1, keys] bias, with diffusers' -10000 for discard."""
+    if mask is None:
+        return None
+    return ((1 - mask.to(dtype)) * -10000.0).unsqueeze(1)
+
+
+def _check_architecture(unet: UNet2DConditionModel) -> None:
+    blocks = (*unet.down_blocks, unet.mid_block, *unet.up_blocks)
+    if not any(getattr(block, "has_cross_attention", False) for block in blocks):
+        raise ArchitectureError(
+            "this UNet has no cross-attention, so no prompt can reach it: the one pass is for "
+            "Stable Diffusion UNets (CrossAttnDownBlock2D, CrossAttnUpBlock2D)"
+        )
+    if unet.config.addition_embed_type == "image_hint":
+        raise ArchitectureError(
+            "addition_embed_type='image_hint' (Kandinsky's ControlNet) is not supported"
+        )

@@ -1,0 +1,10 @@
+"""Operators that a UNet decoder needs when it runs K timesteps over shared encoder features.
+
+`tiue_kernels.functional` holds the public functions. Rows of K timesteps and B samples are
+timestep-major: row k * B + b. Tensors with B rows are shared by all timesteps and never repeated.
+"""
+
+from tiue_kernels import functional
+
+__all__ = ["functional"]
+__version__ = "0.1.0"
