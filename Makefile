@@ -9,7 +9,7 @@ PROMPTS := "red apple" "rocket" "cat face" "sun" "birthday cake" \
 
 .PHONY: demo test lint bench clean
 
-demo: $(VENV)/.installed-demo
+demo: $(VENV)/.installed-base
 	$(BIN)/tiue generate $(PROMPTS) --seed 0 --output out
 
 # One thread a worker: two workers of one thread beat one worker of two on the suite's small shapes.
@@ -38,7 +38,7 @@ $(VENV)/.installed-%: pyproject.toml setup.py constraints.txt
 	    "TiUE needs Python 3.10 or newer: make PYTHON=/path/to/python3.x")'
 	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
-	    --constraint constraints.txt --editable ".[$*]"
+	    --constraint constraints.txt --editable "$(if $(filter base,$*),.,.[$*])"
 	@touch $@
 
 clean:

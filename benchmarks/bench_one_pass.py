@@ -78,9 +78,7 @@ def race(request, unet, latent_size, device, dtype) -> Race:
     schedule = OnePassSchedule.from_scheduler(scheduler, NUM_DECODER_STEPS)
     inputs = random_inputs(unet, BATCH, latent_size)
     rivals = {
-        "published": partial(
-            published_form.one_pass, unet, scheduler, NUM_DECODER_STEPS, **inputs
-        ),
+        "published": partial(published_form.one_pass, unet, scheduler, NUM_DECODER_STEPS, **inputs),
         "tiue": partial(TiUEUNet.from_unet(unet).one_pass, schedule=schedule, **inputs),
     }
     # The call that is compared is also the warm-up: it fills the cache of split weights.

@@ -25,7 +25,9 @@ def seconds_of(rival: Rival, device: torch.device) -> float:
     return time.perf_counter() - begin
 
 
-def interleave(rivals: dict[str, Rival], rounds: int, device: torch.device) -> dict[str, list[float]]:
+def interleave(
+    rivals: dict[str, Rival], rounds: int, device: torch.device
+) -> dict[str, list[float]]:
     """Time rivals that have been warmed up, in turn, so that a busy machine slows all alike.
 
     Args:

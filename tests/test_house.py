@@ -1,0 +1,96 @@
+"""Rules of the house that no other test would notice being broken."""
+
+import ast
+import importlib.metadata
+import pkgutil
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import tiue
+import tiue_kernels
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = ("tiue", "tiue_kernels", "benchmarks", "tests")
+SOURCES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
+
+
+def modules(package) -> list[str]:
+    return [info.name for info in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")]
+
+
+def run_python(code: str) -> None:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+
+
+def imported_names(path: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def test_kernels_need_torch_alone():
+    names = modules(tiue_kernels)
+    assert "tiue_kernels.functional" in names
+    run_python(
+        "import importlib, sys\n"
+        # None makes an import of the name fail as if it were not installed.
+        "for name in ('diffusers', 'transformers', 'triton', 'tiue'): sys.modules[name] = None\n"
+        f"for name in {names}: importlib.import_module(name)\n"
+    )
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "tiue").rglob("*.py")), ids=lambda path: path.stem)
+def test_method_stays_above_the_kernels(path):
+    below = {name for name in imported_names(path) if name.split(".")[0] == "triton"}
+    assert not below
+    attributes = {
+        ast.unparse(node)
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Attribute)
+    }
+    assert not {name for name in attributes if name.startswith("torch.ops")}
+
+
+def test_files_are_short():
+    lengths = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in SOURCES}
+    assert {name: lines for name, lines in lengths.items() if lines > 500} == {}
+
+
+def test_one_version():
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    declared = re.search(r'^version = "(.+)"$', text, flags=re.MULTILINE)[1]
+    assert tiue.__version__ == tiue_kernels.__version__ == declared
+    assert importlib.metadata.version("tiue") == declared
+
+
+def test_readme_names_exist():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    python = readme.split("```python\n")[1].split("```")[0].replace("# noise", "noise")
+    chains = {
+        ast.unparse(node)
+        for node in ast.walk(ast.parse(python.replace("# latents", "latents")))
+        if isinstance(node, ast.Attribute) and ast.unparse(node).startswith("tiue.")
+    }
+    assert chains >= {"tiue.load_openmoji", "tiue.TiUEUNet.from_unet"}
+    for chain in chains:
+        thing = tiue
+        for name in chain.split(".")[1:]:
+            thing = getattr(thing, name)
+
+
+def test_readme_links_exist():
+    for page in ("README.md", "CONTRIBUTING.md"):
+        text = (ROOT / page).read_text(encoding="utf-8")
+        targets = [part.split(")")[0] for part in text.split("](")[1:]]
+        local = [target for target in targets if not target.startswith("https://")]
+        assert local
+        assert [target for target in local if not (ROOT / target).exists()] == []
