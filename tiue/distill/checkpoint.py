@@ -1,6 +1,7 @@
 """What a run leaves on disk: folders that diffusers loads, each written whole or not at all."""
 
-import os
+import json
+import pickle
 import re
 import shutil
 import tempfile
@@ -11,14 +12,19 @@ from typing import Any
 
 import torch
 from diffusers import SchedulerMixin, UNet2DConditionModel
-from peft import set_peft_model_state_dict
-from safetensors.torch import load_file
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 from tiue.errors import CheckpointError, OutputError
 
 _NAME = "step-{:08d}"
-_LORA_FILE = "pytorch_lora_weights.safetensors"
+_LORA_FILE = "adapter_model.safetensors"
+_LORA_PREFIX = "base_model.model."  # where `PeftModel` keeps the model that it wraps
 _STATE_FILE = "state.pt"
+_UNREADABLE = (
+    OSError, KeyError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError,
+)  # fmt: skip
 
 
 @contextmanager
@@ -45,7 +51,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         if folder.exists():
             folder.rename(temporary / "replaced")
         written.rename(folder)
-    except OSError as error:
+    except (OSError, RuntimeError, SafetensorError) as error:  # a full disk is each of the three
         raise OutputError(
             f"Cannot write '{folder}' ({error}). Choose a folder that can be written and has room."
         ) from error
@@ -72,7 +78,7 @@ def save_checkpoint(
         unet: The student, to `unet/`.
         ema_unet: Its moving average, to `unet_ema/`.
         lora_unet: The teacher with its adapter; the adapter goes to `lora/`, for
-            `unet.load_lora_adapter(folder, prefix=None)`.
+            `peft.PeftModel.from_pretrained(unet, folder)`.
         scheduler: The student's scheduler, to `scheduler/`.
         state: Optimisers and counters: tensors, numbers and containers of them.
         keep: Checkpoints to keep, this one among them.
@@ -88,7 +94,7 @@ def save_checkpoint(
         unet.save_pretrained(written / "unet")
         if ema_unet is not None:
             ema_unet.save_pretrained(written / "unet_ema")
-        lora_unet.save_lora_adapter(written / "lora")
+        _save_lora(lora_unet, written / "lora")
         scheduler.save_pretrained(written / "scheduler")
         torch.save(state, written / _STATE_FILE)
     for outdated in list_checkpoints(checkpoints)[:-keep]:
@@ -128,13 +134,10 @@ def load_checkpoint(
         if ema_unet is not None:
             with_average = (folder / "unet_ema").is_dir()
             _load_unet(ema_unet, folder / ("unet_ema" if with_average else "unet"))
-        lora = load_file(folder / "lora" / _LORA_FILE)
-        mismatched = set_peft_model_state_dict(lora_unet, lora).unexpected_keys
-        if mismatched:
-            raise KeyError(f"adapter weights without a place: {mismatched[:3]}")
+        _load_lora(lora_unet, folder / "lora")
         # weights_only: nothing in this file can be run.
         return torch.load(folder / _STATE_FILE, map_location="cpu", weights_only=True)
-    except (OSError, KeyError, ValueError, RuntimeError) as error:
+    except _UNREADABLE as error:
         raise CheckpointError(
             f"Cannot resume from '{folder}' ({error}). Delete this folder to go on from an older "
             "checkpoint, and give the settings that the run was started with."
@@ -144,6 +147,41 @@ def load_checkpoint(
 def _load_unet(unet: UNet2DConditionModel, folder: Path) -> None:
     saved = type(unet).from_pretrained(folder, use_safetensors=True, torch_dtype=unet.dtype)
     unet.load_state_dict(saved.state_dict())
+
+
+def append_log(path: Path, figures: dict[str, float]) -> None:
+    """Append figures to a file as one line of JSON.
+
+    Args:
+        path: The file.
+        figures: Names and values.
+
+    Raises:
+        OutputError: If it cannot be written.
+    """
+    try:
+        with path.open("a", encoding="utf-8") as log:
+            log.write(json.dumps(figures) + "\n")
+    except OSError as error:
+        raise OutputError(f"Cannot write '{path}' ({error}).") from error
+
+
+def _save_lora(unet: UNet2DConditionModel, folder: Path) -> None:
+    unet.peft_config["default"].save_pretrained(folder)
+    weights = get_peft_model_state_dict(unet)
+    save_file(
+        {_LORA_PREFIX + name: weight.contiguous() for name, weight in weights.items()},
+        folder / _LORA_FILE,
+        metadata={"format": "pt"},
+    )
+
+
+def _load_lora(unet: UNet2DConditionModel, folder: Path) -> None:
+    saved = load_file(folder / _LORA_FILE)
+    weights = {name.removeprefix(_LORA_PREFIX): weight for name, weight in saved.items()}
+    if weights.keys() != get_peft_model_state_dict(unet).keys():
+        raise KeyError("the LoRA is of another model")
+    set_peft_model_state_dict(unet, weights)
 
 
 def prepare_output(output: Path, resume: bool) -> Path | None:
@@ -162,12 +200,12 @@ def prepare_output(output: Path, resume: bool) -> Path | None:
     """
     try:
         output.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output):
+            pass
     except OSError as error:
         raise OutputError(
-            f"Cannot make the folder '{output}' ({error}). Choose another."
+            f"Cannot write to '{output}' ({error}). Choose another folder."
         ) from error
-    if not os.access(output, os.W_OK):
-        raise OutputError(f"Cannot write into '{output}'. Choose another folder.")
     found = list_checkpoints(output / "checkpoints")
     if found and not resume:
         raise OutputError(

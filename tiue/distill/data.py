@@ -24,7 +24,7 @@ def read_prompts(path: Path) -> list[str]:
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
-            f"Cannot read prompts from '{path}' ({error}). Give a UTF-8 text file, one a line."
+            f"Cannot read prompts from '{path}' ({error}). Give a UTF-8 file, one prompt a line."
         ) from error
     prompts = list(dict.fromkeys(stripped for line in lines if (stripped := line.strip())))
     if not prompts:

@@ -25,42 +25,23 @@ def _reading(part: str, source: str) -> Iterator[None]:
         ) from error
 
 
-def load_teacher_unet(source: str, dtype: torch.dtype) -> UNet2DConditionModel:
-    """Load a teacher's UNet.
+def load_unet(source: str, dtype: torch.dtype = torch.float32) -> TiUEUNet:
+    """Load a UNet, teacher's or student's.
 
     Args:
-        source: Folder or hub id of a Stable Diffusion pipeline.
-        dtype: Type of its weights; they are frozen, so half precision serves.
+        source: Folder or hub id of a Stable Diffusion pipeline, or the folder of a UNet itself.
+        dtype: Type of its weights; float32 for one that is trained.
 
     Returns:
-        The UNet.
+        The UNet, in evaluation mode.
 
     Raises:
-        CheckpointError: If it is missing, incomplete, a pickle or of another architecture.
-    """
-    with _reading("UNet", source):
-        return UNet2DConditionModel.from_pretrained(
-            source, subfolder="unet", use_safetensors=True, torch_dtype=dtype
-        )
-
-
-def load_student(source: str) -> TiUEUNet:
-    """Load the weights that a student starts from, in float32.
-
-    Args:
-        source: Folder or hub id of a pipeline, or the folder of a UNet itself.
-
-    Returns:
-        The student, in training mode.
-
-    Raises:
+        ArchitectureError: If it has no cross-attention.
         CheckpointError: If it is missing, incomplete, a pickle or of another architecture.
     """
     subfolder = None if (Path(source) / "config.json").is_file() else "unet"
-    with _reading("student's UNet", source):
-        return TiUEUNet.from_pretrained(
-            source, subfolder=subfolder, use_safetensors=True, torch_dtype=torch.float32
-        ).train()
+    with _reading("UNet", source):
+        return TiUEUNet.from_pretrained(source, subfolder=subfolder, torch_dtype=dtype)
 
 
 def load_text(source: str) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
@@ -110,8 +91,8 @@ def load_student_scheduler(
     spacing = scheduler.config.timestep_spacing
     if num_decoder_steps == 1 and spacing != "trailing":
         raise InputError(
-            f"One decoder step with '{spacing}' spacing is the one nearest to t = 0, where there is "
-            "no noise to turn into a picture. Set timestep_spacing to 'trailing'."
+            f"One decoder step with '{spacing}' spacing is the one nearest to t = 0, where "
+            "no noise is left to turn into a picture. Set timestep_spacing to 'trailing'."
         )
     return scheduler
 

@@ -27,7 +27,7 @@ def vsd_gradient(
     Returns:
         g, [B, C, H, W] float32, without a graph.
 
-    Source: TiUE (arXiv 2505.21960); ProlificDreamer (arXiv 2305.16213), eq. 9.
+    Source: TiUE (arXiv 2505.21960); ProlificDreamer (arXiv 2305.16213).
     """
     difference = (teacher_noise.float() - lora_noise.float()).detach()
     return difference * sigma.square() if weighting == "sigma2" else difference
@@ -90,6 +90,6 @@ def lora_loss(noise_pred: Tensor, noise: Tensor, alpha: Tensor) -> Tensor:
     Returns:
         The loss, a float32 scalar.
 
-    Source: TiUE (arXiv 2505.21960); ProlificDreamer (arXiv 2305.16213), eq. 10.
+    Source: TiUE (arXiv 2505.21960); ProlificDreamer (arXiv 2305.16213).
     """
     return (alpha * (noise_pred.float() - noise.float()).square()).mean()

@@ -53,7 +53,7 @@ class NoiseSchedule:
         """Convert what the UNet predicts at x_t into noise.
 
         v = alpha eps - sigma x and x_t = alpha x + sigma eps give eps = alpha v + sigma x_t
-        (arXiv 2202.00512, appendix D).
+        (arXiv 2202.00512).
 
         Args:
             output: The UNet's prediction, [B, C, H, W].
@@ -124,7 +124,7 @@ class Teacher:
     ) -> Tensor:
         """Predict noise with classifier-free guidance, both halves in one call.
 
-        eps^cfg = eps(x_t, empty) + w (eps(x_t, c) - eps(x_t, empty)); arXiv 2207.12598, eq. 6.
+        eps^cfg = eps(x_t, empty) + w (eps(x_t, c) - eps(x_t, empty)); arXiv 2207.12598.
 
         Args:
             noisy: x_t, [B, C, H, W].

@@ -1,9 +1,9 @@
 """The distillation loop (arXiv 2505.21960): VSD and KL for the student, denoising for the LoRA."""
 
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -23,6 +23,8 @@ from tiue.schedule import OnePassSchedule
 from tiue.unet import TiUEUNet
 
 SampleHook = Callable[[TiUEUNet, OnePassSchedule, int], None]
+
+Tensors = tuple[Tensor, ...] | list[Tensor]
 
 _WEIGHT_TYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -88,13 +90,11 @@ class Trainer:
         self.order = PromptOrder(len(prompts), config.seed)
 
         torch.manual_seed(config.seed)  # for the LoRA's first weights
-        teacher_unet = loading.load_teacher_unet(
-            config.teacher, _WEIGHT_TYPES[config.mixed_precision]
-        )
+        teacher_unet = loading.load_unet(config.teacher, _WEIGHT_TYPES[config.mixed_precision])
         self.teacher = Teacher(
             teacher_unet.to(device), noise_schedule, config.lora_rank, config.lora_alpha
         )
-        self.unet = loading.load_student(config.student or config.teacher)
+        self.unet = loading.load_unet(config.student or config.teacher).train()
         self.latent_shape = self._latent_shape()
         self.ema = self._average() if config.ema_decay > 0 else None
 
@@ -235,8 +235,7 @@ class Trainer:
         last = self.step == config.steps
         if self.accelerator.is_main_process:
             if self.step % config.log_every == 0 or last:
-                with (config.output / "log.jsonl").open("a", encoding="utf-8") as log:
-                    log.write(json.dumps({"step": self.step, **figures}) + "\n")
+                checkpoint.append_log(config.output / "log.jsonl", {"step": self.step, **figures})
             if self.on_sample and config.sample_every and self.step % config.sample_every == 0:
                 self._sample(self.on_sample)
             if self.step % config.checkpoint_every == 0 or last:
@@ -245,16 +244,17 @@ class Trainer:
 
     @torch.no_grad()
     def _sample(self, on_sample: SampleHook) -> None:
-        unet = self._result()
+        unet = self._ema_unet or self.unet
         training = unet.training
         on_sample(unet.eval(), self.schedule, self.step)
         unet.train(training)
 
-    def _result(self) -> TiUEUNet:
-        return self.unet if self.ema is None else self.ema.module
+    @property
+    def _ema_unet(self) -> TiUEUNet | None:
+        return None if self.ema is None else cast(TiUEUNet, self.ema.module)
 
     def _average(self) -> AveragedModel:
-        def follow(averages: list[Tensor], values: list[Tensor], updates: Tensor | int) -> None:
+        def follow(averages: Tensors, values: Tensors, updates: Tensor | int) -> None:
             # The first updates weigh more, or the average would be of untrained weights for long.
             decay = min(self.config.ema_decay, (1 + int(updates)) / (10 + int(updates)))
             torch._foreach_lerp_(averages, values, 1 - decay)
@@ -280,13 +280,11 @@ class Trainer:
         }
         checkpoint.save_checkpoint(
             self.config.output / "checkpoints", self.step, self.unet,
-            self.ema.module if self.ema is not None else None,
-            self.teacher.unet, self.scheduler, state, self.config.keep_checkpoints,
+            self._ema_unet, self.teacher.unet, self.scheduler, state, self.config.keep_checkpoints,
         )  # fmt: skip
 
     def _resume(self, folder: Path) -> None:
-        ema_unet = self.ema.module if self.ema is not None else None
-        state = checkpoint.load_checkpoint(folder, self.unet, ema_unet, self.teacher.unet)
+        state = checkpoint.load_checkpoint(folder, self.unet, self._ema_unet, self.teacher.unet)
         self.step, self.samples_seen = state["step"], state["samples_seen"]
         self.optimizer.load_state_dict(state["optimizer"])
         self.lora_optimizer.load_state_dict(state["lora_optimizer"])
@@ -296,7 +294,7 @@ class Trainer:
     def _write_student(self) -> None:
         output = self.config.output
         with checkpoint.whole_folder(output / "unet") as written:
-            self._result().save_pretrained(written)
+            (self._ema_unet or self.unet).save_pretrained(written)
         with checkpoint.whole_folder(output / "scheduler") as written:
             self.scheduler.save_pretrained(written)
         if self.config.save_pipeline:
