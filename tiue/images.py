@@ -1,4 +1,4 @@
-"""Pictures on disk: contact sheets, file names made of prompts, and writes that are whole or absent."""
+"""Contact sheets, file names made of prompts, and picture files that are whole or absent."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tiue.errors import InputError, OutputError
 _MARGIN = 12
 _FONT_SIZE = 15
 _LABEL_LINES = 2
-# Narrower pictures are enlarged by a whole factor: a label of two words needs about this many pixels.
+# Narrower pictures are enlarged by a whole factor: a label of two words needs about this width.
 _LEAST_CELL_WIDTH = 128
 # File systems allow 255 bytes a name; the rest is left to a seed, a number and a suffix.
 _NAME_BYTES = 120
@@ -60,7 +60,7 @@ def contact_sheet(
         "RGB", (_MARGIN + columns * (width + _MARGIN), _MARGIN + rows * row_height), "white"
     )
     draw = ImageDraw.Draw(sheet)
-    for index, (image, label) in enumerate(zip(images, labels)):
+    for index, (image, label) in enumerate(zip(images, labels, strict=True)):
         x = _MARGIN + index % columns * (width + _MARGIN)
         y = _MARGIN + index // columns * row_height
         picture = image.convert("RGB").resize(
@@ -75,7 +75,7 @@ def contact_sheet(
 
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: float) -> list[str]:
-    """Break `text` into at most two lines of `width` pixels; what is left over becomes an ellipsis."""
+    """Break `text` into at most two lines of `width` pixels; the rest becomes an ellipsis."""
     lines = [""]
     for word in text.split():
         candidate = f"{lines[-1]} {word}".lstrip()

@@ -102,7 +102,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_remains(tmp_path):
     path = tmp_path / "red.jpg"
     save_image(red(), path)
     before = path.read_bytes()
-    with pytest.raises(OutputError, match="red.jpg"):
+    with pytest.raises(OutputError, match=r"red\.jpg"):
         save_image(red().convert("RGBA"), path)  # JPEG has no alpha: PIL raises OSError
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == ["red.jpg"]

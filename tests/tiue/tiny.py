@@ -1,4 +1,4 @@
-"""Tiny real Stable Diffusion parts with random weights: every class is the one a full-size folder holds."""
+"""Tiny Stable Diffusion parts of the classes that a full-size folder holds, random weights."""
 
 import string
 

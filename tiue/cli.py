@@ -1,0 +1,251 @@
+"""The command line: `tiue generate`, `tiue distill`, `tiue info`."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import tempfile
+from collections import Counter
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from tiue.distill.command import distill_command
+from tiue.errors import InputError, NonFiniteError, OutputError, TiUEError
+
+# torch, diffusers and transformers take seconds to import: the commands import them, so that
+# --help and usage errors come at once.
+if TYPE_CHECKING:
+    import torch
+
+    from tiue.pipelines import TiUEPipeline
+
+_STAGES = ("text encoder", "encoder", "decoder", "VAE")
+_VERSIONS = ("tiue", "torch", "diffusers", "transformers", "safetensors", "peft", "triton")
+
+
+class _OneLineErrors(TyperGroup):
+    """Ends a command that raised one of the package's errors with one line on stderr."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except TiUEError as error:
+            typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+            # Everything but a computation that went wrong is for the caller to put right.
+            raise typer.Exit(1 if isinstance(error, NonFiniteError) else 2) from error
+
+
+app = typer.Typer(
+    cls=_OneLineErrors,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+    help="Text to image in one pass: the UNet's encoder runs once, its decoder for all timesteps"
+    " at once.",
+)
+
+
+class Dtype(str, Enum):
+    """Floating point types on offer."""
+
+    auto = "auto"
+    float32 = "float32"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+
+
+@app.command()
+def generate(
+    prompts: Annotated[
+        list[str],
+        typer.Argument(help='What to draw, each text in quotes: "red apple" "rocket".'),
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for the pictures; made if missing.")
+    ] = Path("out"),
+    seed: Annotated[
+        int,
+        typer.Option(
+            min=0, help="The same seed and prompt give the same picture; 1, 2, ... give others."
+        ),
+    ] = 0,
+    num_images: Annotated[
+        int,
+        typer.Option("--num-images", "-n", min=1, help="Pictures a prompt, from seeds S, S+1, ..."),
+    ] = 1,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder or Hugging Face id of a Stable Diffusion 1.x or 2.x model, for instance"
+            " senmaonk/loopfree-sd1.5. By default the small OpenMoji model in this package, which"
+            " needs no network.",
+        ),
+    ] = None,
+    num_decoder_steps: Annotated[
+        int,
+        typer.Option(
+            "--num-decoder-steps",
+            "-k",
+            min=1,
+            help="Timesteps that the decoder runs at, in one batch. Use what the model was"
+            " distilled for (4); fewer is faster.",
+        ),
+    ] = 4,
+    height: Annotated[
+        int | None, typer.Option(min=1, help="Pixels; by default the model's own size.")
+    ] = None,
+    width: Annotated[
+        int | None, typer.Option(min=1, help="Pixels; by default the model's own size.")
+    ] = None,
+    device: Annotated[
+        str, typer.Option(help="auto, cpu, cuda, cuda:1, mps; auto takes a GPU where there is one.")
+    ] = "auto",
+    dtype: Annotated[
+        Dtype, typer.Option(help="auto is float16 on a CUDA GPU and float32 elsewhere.")
+    ] = Dtype.auto,
+    guidance_scale: Annotated[
+        float,
+        typer.Option(help="Classifier-free guidance if above 1. A distilled model needs none."),
+    ] = 1.0,
+    skip_below: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0,
+            help="Faster, and slightly different pictures: leave out timesteps whose weight is"
+            " under this, for instance 0.05. Off by default.",
+        ),
+    ] = None,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Pictures computed at once; fewer need less memory.")
+    ] = 8,
+) -> None:
+    """Draw a picture of each prompt, and a contact sheet of all of them."""
+    if not all(prompt.strip() for prompt in prompts):
+        raise InputError("a prompt is empty; say what to draw")
+    _check_writable(output)
+
+    import torch
+
+    from tiue.images import contact_sheet, save_image
+
+    place = _device(device)
+    pipe = _load(model, _dtype(dtype, place)).to(place)
+    pipe.set_progress_bar_config(disable=True)
+    jobs = [(prompt, seed + index) for prompt in prompts for index in range(num_images)]
+    names = _file_names(jobs)
+    pictures = []
+    with pipe.record_timings() as timings:
+        for start in range(0, len(jobs), batch_size):
+            batch = jobs[start : start + batch_size]
+            # Noise comes from the CPU whatever the device: a seed means the same everywhere.
+            generators = [torch.Generator().manual_seed(own_seed) for _, own_seed in batch]
+            images = pipe(
+                [prompt for prompt, _ in batch],
+                height=height,
+                width=width,
+                num_decoder_steps=num_decoder_steps,
+                guidance_scale=guidance_scale,
+                generator=generators,
+                skip_below=skip_below,
+            ).images
+            for image, name in zip(images, names[start:], strict=False):
+                save_image(image, output / name)
+                typer.echo(output / name)
+            pictures += images
+    labels = [
+        prompt if num_images == 1 else f"{prompt} (seed {own_seed})" for prompt, own_seed in jobs
+    ]
+    sheet = output / "contact_sheet.png"
+    save_image(contact_sheet(pictures, labels, num_images if num_images > 1 else None), sheet)
+    typer.echo(sheet)
+    for stage in _STAGES:
+        typer.echo(f"{stage:12} {timings[stage]:8.3f} s")
+    typer.echo(f"{'total':12} {sum(timings.values()):8.3f} s for {len(pictures)} pictures")
+
+
+app.command("distill")(distill_command)
+
+
+@app.command()
+def info() -> None:
+    """Print versions, the device and what is built: what a bug report needs."""
+    import torch
+
+    from tiue.openmoji import WEIGHTS
+
+    typer.echo(f"{'python':14} {platform.python_version()} on {platform.platform()}")
+    for package in _VERSIONS:
+        try:
+            version = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            version = "not installed"
+        typer.echo(f"{package:14} {version}")
+    device = _device("auto")
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
+    typer.echo(f"{'device':14} {device} {name}".rstrip())
+    typer.echo(f"{'OpenMoji model':14} {'in this package' if WEIGHTS.is_dir() else 'missing'}")
+
+
+def _check_writable(folder: Path) -> None:
+    """Make the folder and write to it once, before minutes are spent on what goes there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OutputError(
+            f"cannot write to {folder} ({error.strerror}); give another folder with --output"
+        ) from error
+
+
+def _device(name: str) -> torch.device:
+    import torch
+
+    found = torch.accelerator.current_accelerator(check_available=True)
+    if name == "auto":
+        return found or torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        usable = f"cpu or {found}" if found else "cpu"
+        raise InputError(f"no device {name!r} here; use {usable}") from error
+    return device
+
+
+def _dtype(name: Dtype, device: torch.device) -> torch.dtype:
+    import torch
+
+    if name is Dtype.auto:
+        return torch.float16 if device.type == "cuda" else torch.float32
+    return getattr(torch, name.value)
+
+
+def _load(model: str | None, dtype: torch.dtype) -> TiUEPipeline:
+    import tiue
+
+    if model is None:
+        return tiue.load_openmoji(torch_dtype=dtype)
+    return tiue.TiUEPipeline.from_pretrained(model, torch_dtype=dtype)
+
+
+def _file_names(jobs: list[tuple[str, int]]) -> list[str]:
+    """One name a picture; prompts that come down to the same text are told apart by a number."""
+    from tiue.images import safe_file_name
+
+    seen: Counter[str] = Counter()
+    names = []
+    for prompt, seed in jobs:
+        stem = f"{safe_file_name(prompt)}_seed{seed}"
+        seen[stem] += 1
+        names.append(f"{stem}.png" if seen[stem] == 1 else f"{stem}_{seen[stem]}.png")
+    return names
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
