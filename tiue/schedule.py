@@ -86,7 +86,8 @@ class OnePassSchedule:
         timesteps = stepped.timesteps.clone()
         if len(timesteps) != num_decoder_steps:
             raise SchedulerError(
-                f"{name} wants {len(timesteps)} model outputs for {num_decoder_steps} steps; {_CURE}"
+                f"{name} wants {len(timesteps)} model outputs for {num_decoder_steps} steps;"
+                f" {_CURE}"
             )
         init_noise_sigma = float(stepped.init_noise_sigma)
         one = torch.ones((), dtype=torch.float64)

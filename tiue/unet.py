@@ -2,8 +2,9 @@
 
 import json
 import os
+from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -114,12 +115,9 @@ class TiUEUNet(UNet2DConditionModel):
         _check_architecture(unet)
         student = cls.__new__(cls)
         # The registries are copied so that a module set on one is not set on the other.
-        student.__dict__.update(
-            {
-                k: v.copy() if k.startswith("_") and isinstance(v, dict) else v
-                for k, v in vars(unet).items()
-            }
-        )
+        for name, value in vars(unet).items():
+            registry = type(value) in (dict, OrderedDict, set)
+            student.__dict__[name] = value.copy() if registry else value
         return student
 
     def to_json_string(self) -> str:
@@ -176,7 +174,7 @@ class TiUEUNet(UNet2DConditionModel):
         elif down_intrablock_additional_residuals is None:
             # diffusers takes a lone `down_block_additional_residuals` for a T2I-Adapter's.
             down_intrablock_additional_residuals = down_block_additional_residuals
-        return self._encode(
+        features = self._encode(
             sample,
             timestep,
             encoder_hidden_states,
@@ -189,6 +187,8 @@ class TiUEUNet(UNet2DConditionModel):
             _mask_to_bias(encoder_attention_mask, sample.dtype),
             cross_attention_kwargs=cross_attention_kwargs,
         )
+        # `_encode` sees them without the LoRA scale, which the decoder applies again.
+        return replace(features, cross_attention_kwargs=cross_attention_kwargs)
 
     def decode(
         self, features: EncoderFeatures, timesteps: torch.Tensor | Sequence[float]

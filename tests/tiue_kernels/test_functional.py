@@ -1,0 +1,264 @@
+"""Every operator against its textbook form, which repeats and concatenates everything."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.tolerances import EXACT_RELATIVE, relative_error
+from tiue_kernels import functional
+
+Tensors = tuple[torch.Tensor, ...]
+K, B = 3, 2
+
+
+def noise(*shape: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return torch.randn(*shape, dtype=torch.float64, generator=generator)
+
+
+def check(actual: Callable[..., Tensors], textbook: Callable[..., Tensors], *tensors) -> None:
+    """Outputs and every gradient, in float64."""
+    results = []
+    for function in (actual, textbook):
+        inputs = [t.clone().requires_grad_() for t in tensors]
+        outputs = function(*inputs)
+        loss = sum((o * noise(*o.shape, seed=9)).sum() for o in outputs)
+        results.append((outputs, torch.autograd.grad(loss, inputs)))
+    (outputs, gradients), (expected, expected_gradients) = results
+    for value, reference in zip(
+        (*outputs, *gradients), (*expected, *expected_gradients), strict=True
+    ):
+        assert value.shape == reference.shape
+        assert relative_error(value, reference) <= EXACT_RELATIVE
+
+
+SPLITS = {  # hidden channels, skip channels, groups, c0
+    "aligned": (16, 8, 6, 16),
+    "straddling": (20, 10, 3, 20),
+    "straddling_inside": (18, 12, 3, 20),
+    "one_group": (6, 3, 1, 9),
+    "a_group_a_channel": (3, 5, 8, 3),
+    "wide_skip": (4, 20, 3, 8),
+}
+
+
+@pytest.mark.parametrize("timesteps", [1, K])
+@pytest.mark.parametrize("split", SPLITS)
+def test_shared_skip_group_norm_silu(split: str, timesteps: int) -> None:
+    hidden_channels, skip_channels, groups, border = SPLITS[split]
+    channels = hidden_channels + skip_channels
+
+    def actual(hidden, skip, weight, bias) -> Tensors:
+        front, back = functional.shared_skip_group_norm_silu(hidden, skip, groups, weight, bias)
+        assert front.shape[:2] == (timesteps * B, border)
+        assert back.shape[:2] == (B, channels - border)
+        return front, back.repeat(timesteps, 1, 1, 1)
+
+    def textbook(hidden, skip, weight, bias) -> Tensors:
+        joined = torch.cat([hidden, skip.repeat(timesteps, 1, 1, 1)], dim=1)
+        out = F.silu(F.group_norm(joined, groups, weight, bias))
+        return out[:, :border], out[:, border:]
+
+    check(
+        actual,
+        textbook,
+        noise(timesteps * B, hidden_channels, 4, 3),
+        noise(B, skip_channels, 4, 3),
+        noise(channels),
+        noise(channels, seed=1),
+    )
+
+
+@pytest.mark.parametrize("skip_channels", [0, 5])
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_split_conv2d(kernel: int, skip_channels: int) -> None:
+    padding = kernel // 2
+
+    def actual(hidden, skip, weight, bias) -> Tensors:
+        rows, shared = functional.split_conv2d(hidden, skip, weight, bias, padding)
+        assert shared.shape == (B, *rows.shape[1:])
+        return (rows + shared.repeat(K, 1, 1, 1),)
+
+    def textbook(hidden, skip, weight, bias) -> Tensors:
+        joined = torch.cat([hidden, skip.repeat(K, 1, 1, 1)], dim=1)
+        return (F.conv2d(joined, weight, bias, padding=padding),)
+
+    skip = noise(B, skip_channels, 4, 3)
+    weight = noise(7, 6 + skip_channels, kernel, kernel)
+    tensors = (noise(K * B, 6, 4, 3), skip, weight, noise(7))
+    if skip_channels:
+        check(actual, textbook, *tensors)
+    else:
+        assert relative_error(actual(*tensors)[0], textbook(*tensors)[0]) <= EXACT_RELATIVE
+
+
+@pytest.mark.parametrize("scale_shift", [False, True])
+@pytest.mark.parametrize("with_hidden", [False, True])
+def test_broadcast_add_group_norm_silu(with_hidden: bool, scale_shift: bool) -> None:
+    def actual(shared, temb, weight, bias, *hidden) -> Tensors:
+        first = hidden[0] if with_hidden else None
+        return (
+            functional.broadcast_add_group_norm_silu(
+                first, shared, temb, 4, weight, bias, 1e-6, scale_shift
+            ),
+        )
+
+    def textbook(shared, temb, weight, bias, *hidden) -> Tensors:
+        rows = shared.repeat(K, 1, 1, 1) + (hidden[0] if with_hidden else 0)
+        temb = temb[:, :, None, None]
+        if not scale_shift:
+            rows = rows + temb
+        rows = F.group_norm(rows, 4, weight, bias, 1e-6)
+        if scale_shift:
+            scale, shift = temb.chunk(2, dim=1)
+            rows = rows * (1 + scale) + shift
+        return (F.silu(rows),)
+
+    temb = noise(K * B, 8 * (1 + scale_shift))
+    hidden = (noise(K * B, 8, 3, 5),) if with_hidden else ()
+    check(actual, textbook, noise(B, 8, 3, 5), temb, noise(8), noise(8, seed=1), *hidden)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("rows", [B, K * B], ids=["text", "self"])
+def test_cross_timestep_attention(rows: int, masked: bool) -> None:
+    heads, tokens, keys, channels = 2, 6, 4, 8
+    bias = None
+    if masked:
+        bias = torch.zeros(rows, 1, keys, dtype=torch.float64)
+        bias[0, 0, 2:] = -10000.0
+
+    def actual(query, key, value) -> Tensors:
+        out = functional.cross_timestep_attention(query, key, value, heads, None, bias)
+        return (out,)
+
+    def textbook(query, key, value) -> Tensors:
+        def split(x: torch.Tensor) -> torch.Tensor:
+            x = x.repeat(K * B // len(x), 1, 1)
+            return x.unflatten(2, (heads, -1)).transpose(1, 2)
+
+        scores = split(query) @ split(key).transpose(2, 3) * (channels // heads) ** -0.5
+        if bias is not None:
+            scores = scores + bias.repeat(K * B // rows, 1, 1)[:, None]
+        return ((scores.softmax(-1) @ split(value)).transpose(1, 2).flatten(2),)
+
+    check(
+        actual,
+        textbook,
+        noise(K * B, tokens, channels),
+        noise(rows, keys, channels),
+        noise(rows, keys, channels, seed=1),
+    )
+
+
+def test_scale_of_attention() -> None:
+    query, key, value = noise(2, 3, 4), noise(1, 5, 4), noise(1, 5, 4, seed=1)
+    uniform = functional.cross_timestep_attention(query, key, value, 2, scale=0.0)
+    assert relative_error(uniform, value.mean(1, keepdim=True).expand(2, 3, 4)) <= EXACT_RELATIVE
+
+
+def test_geglu() -> None:
+    def textbook(x) -> Tensors:
+        hidden, gate = x[..., :5], x[..., 5:]
+        return (hidden * gate * 0.5 * (1 + torch.erf(gate / 2**0.5)),)
+
+    check(lambda x: (functional.geglu(x),), textbook, noise(2, 3, 10))
+
+
+def test_timestep_sum_group_norm_silu() -> None:
+    coefficients = noise(K)
+
+    def actual(hidden, weight, bias) -> Tensors:
+        return (functional.timestep_sum_group_norm_silu(hidden, coefficients, 2, weight, bias),)
+
+    def textbook(hidden, weight, bias) -> Tensors:
+        active = F.silu(F.group_norm(hidden, 2, weight, bias)).unflatten(0, (K, B))
+        return ((coefficients[:, None, None, None, None] * active).sum(0),)
+
+    check(actual, textbook, noise(K * B, 6, 3, 4), noise(6), noise(6, seed=1))
+
+
+def test_one_pass_combine() -> None:
+    coefficients = noise(K)
+
+    def textbook(latents, noise_pred) -> Tensors:
+        return (2.5 * latents + sum(e * n for e, n in zip(coefficients, noise_pred, strict=True)),)
+
+    check(
+        lambda z, n: (functional.one_pass_combine(z, n, 2.5, coefficients),),
+        textbook,
+        noise(B, 4, 3, 3),
+        noise(K, B, 4, 3, 3),
+    )
+
+
+def test_noise_kl() -> None:
+    def textbook(maps) -> Tensors:
+        flat = maps.flatten(2)
+        mean = flat.mean(-1)
+        variance = (flat - mean[..., None]).square().sum(-1) / (flat.shape[-1] - 1)
+        return (0.5 * (mean**2 + variance - 1 - torch.log(variance)),)
+
+    check(lambda maps: (functional.noise_kl(maps),), textbook, noise(K, B, 4, 3, 3))
+    # The divergence of a standard normal sample is that of its moments: near nothing.
+    assert functional.noise_kl(noise(1, 4, 64, 64)).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_low_precision_accumulates_in_float32(dtype: torch.dtype) -> None:
+    # 2048 + 1 - 2048 is 1, but 0 where sums are kept in 8 or 11 bits.
+    maps = torch.tensor([2048.0, 1.0, -2048.0], dtype=dtype).reshape(3, 1, 1, 1, 1)
+    total = functional.one_pass_combine(torch.zeros(1, 1, 1, 1, dtype=dtype), maps, 1.0,
+                                        torch.ones(3, dtype=torch.float64))  # fmt: skip
+    assert total.dtype == dtype
+    assert total.item() == 1.0
+    assert functional.noise_kl(maps.flatten()[None, None, None]).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: functional.shared_skip_group_norm_silu(
+            noise(5, 4, 2, 2), noise(2, 4, 2, 2), 2, noise(8), noise(8)
+        ),
+        lambda: functional.shared_skip_group_norm_silu(
+            noise(4, 4, 2, 2), noise(2, 4, 2, 3), 2, noise(8), noise(8)
+        ),
+        lambda: functional.shared_skip_group_norm_silu(
+            noise(4, 4, 2, 2), noise(2, 4, 2, 2), 3, noise(8), noise(8)
+        ),
+        lambda: functional.shared_skip_group_norm_silu(
+            noise(4, 4, 2, 2), noise(2, 4, 2, 2), 2, noise(7), noise(8)
+        ),
+        lambda: functional.split_conv2d(
+            noise(4, 4, 2, 2), noise(2, 4, 2, 2), noise(3, 9, 1, 1)
+        ),
+        lambda: functional.broadcast_add_group_norm_silu(
+            None, noise(2, 4, 2, 2), noise(4, 5), 2, noise(4), noise(4)
+        ),
+        lambda: functional.broadcast_add_group_norm_silu(
+            noise(6, 4, 2, 2), noise(2, 4, 2, 2), noise(4, 4), 2, noise(4), noise(4)
+        ),
+        lambda: functional.cross_timestep_attention(
+            noise(4, 3, 8), noise(3, 3, 8), noise(3, 3, 8), 2
+        ),
+        lambda: functional.cross_timestep_attention(
+            noise(4, 3, 8), noise(2, 3, 8), noise(2, 2, 8), 2
+        ),
+        lambda: functional.cross_timestep_attention(
+            noise(4, 3, 8), noise(2, 3, 8), noise(2, 3, 8), 3
+        ),
+        lambda: functional.geglu(noise(2, 3)),
+        lambda: functional.timestep_sum_group_norm_silu(
+            noise(4, 4, 2, 2), noise(3), 2, noise(4), noise(4)
+        ),
+        lambda: functional.one_pass_combine(noise(2, 4), noise(3, 2, 5), 1.0, noise(3)),
+        lambda: functional.noise_kl(noise(4, 4)),
+        lambda: functional.noise_kl(noise(2, 1, 1, 1)),
+    ],
+)  # fmt: skip
+def test_shapes_that_do_not_fit_are_refused(call: Callable[[], object]) -> None:
+    with pytest.raises(ValueError, match=r"must|need|no multiple|do not|weight takes|halves"):
+        call()
