@@ -1,0 +1,69 @@
+"""Writes the trained model into the package: whole diffusers folders, float16 safetensors."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+
+from tiue.errors import CheckpointError
+from tiue.openmoji.config import StudentConfig
+from tiue.openmoji.student import student_folder
+
+
+def export_weights(work: Path, output: Path) -> None:
+    """Writes `teacher/` and, where there is one, `student/`; each appears whole or not at all.
+
+    Args:
+        work: the work folder of the training commands.
+        output: receives `teacher/`, a Stable Diffusion pipeline, and `student/`, a UNet and its
+            scheduler (text encoder, tokenizer and autoencoder are the teacher's).
+
+    Raises:
+        CheckpointError: if there is no trained teacher.
+    """
+    source = work / "teacher" / "pipeline"
+    if not source.is_dir():
+        raise CheckpointError(
+            f"no teacher in {source}: run `python -m tiue.openmoji.train teacher`"
+        )
+    pipeline = StableDiffusionPipeline.from_pretrained(source, torch_dtype=torch.float16)
+    with _Replacing(output / "teacher") as folder:
+        pipeline.save_pretrained(folder)
+
+    source = student_folder(work, StudentConfig.num_decoder_steps)
+    if not (source / "unet").is_dir():
+        return
+    with _Replacing(output / "student") as folder:
+        unet = UNet2DConditionModel.from_pretrained(source / "unet", torch_dtype=torch.float16)
+        unet.save_pretrained(folder / "unet")
+        DDIMScheduler.from_pretrained(source / "scheduler").save_pretrained(folder / "scheduler")
+        index = {
+            "_class_name": "TiUEPipeline",
+            "scheduler": ["diffusers", "DDIMScheduler"],
+            "unet": ["tiue", "TiUEUNet"],
+        }
+        (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+class _Replacing:
+    """A folder written beside its place and renamed into it once it is whole."""
+
+    def __init__(self, place: Path) -> None:
+        self.place = place
+        self.partial = place.with_name(f".{place.name}.partial")
+
+    def __enter__(self) -> Path:
+        shutil.rmtree(self.partial, ignore_errors=True)
+        self.partial.mkdir(parents=True)
+        return self.partial
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is None:
+            shutil.rmtree(self.place, ignore_errors=True)
+            self.partial.rename(self.place)
+        else:
+            shutil.rmtree(self.partial)

@@ -1,0 +1,133 @@
+"""What the training stages share: the loop, the rate, per-step randomness, whole checkpoints."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from tqdm import tqdm
+
+from tiue.errors import CheckpointError, OutputError
+
+CHECKPOINT = "checkpoint.pt"
+SAVE_EVERY = 250
+
+
+class Training(Protocol):
+    """What `run` drives: one update a call, and a state that holds all that updates change."""
+
+    def step(self, step: int) -> float:
+        """Takes update number `step`; returns its loss."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the next update depends on, besides its number."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores what `state_dict` gave."""
+
+
+def step_generator(seed: int, step: int) -> torch.Generator:
+    """Seeds all randomness of a step from its number, so that resuming needs no saved state."""
+    return torch.Generator().manual_seed(seed * 1_000_003 + step)
+
+
+def cosine_rate(step: int, steps: int, warmup_steps: int, floor: float = 0.01) -> float:
+    """Factor on the learning rate: linear warm-up, then a cosine from 1 down to `floor`."""
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    progress = (step - warmup_steps) / max(1, steps - warmup_steps)
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Sets the learning rate of every parameter group."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def run(
+    training: Training,
+    folder: Path,
+    steps: int,
+    resume: bool = False,
+    on_step: Callable[[int], None] | None = None,
+) -> None:
+    """Runs a stage to its last step, with a checkpoint every 250 steps.
+
+    Args:
+        training: the stage.
+        folder: receives `checkpoint.pt`, and `training.json` (steps, seconds, threads) in the end.
+        steps: updates in all, those before a resumption included.
+        resume: go on from the folder's checkpoint, if there is one.
+        on_step: called with the number of updates done, after each.
+
+    Raises:
+        CheckpointError: if the checkpoint is of another model or configuration.
+        OutputError: if the folder cannot be written.
+    """
+    first, seconds = 0, 0.0
+    checkpoint = folder / CHECKPOINT
+    if resume and checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True)
+        try:
+            training.load_state_dict(state["training"])
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise CheckpointError(
+                f"{checkpoint} is of another configuration: train anew, without --resume"
+            ) from error
+        first, seconds = state["step"], state["seconds"]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot write to {folder}: {error.strerror}") from error
+
+    begin = time.monotonic() - seconds
+    progress = tqdm(range(first, steps), initial=first, total=steps, mininterval=10)
+    average = None
+    for step in progress:
+        loss = training.step(step)
+        average = loss if average is None else 0.98 * average + 0.02 * loss
+        progress.set_postfix(loss=f"{average:.4f}", refresh=False)
+        done = step + 1
+        seconds = time.monotonic() - begin
+        if done % SAVE_EVERY == 0 or done == steps:
+            state = {"training": training.state_dict(), "step": done, "seconds": seconds}
+            replace(checkpoint, partial(torch.save, state))
+        if on_step is not None:
+            on_step(done)
+    facts = {
+        "steps": steps,
+        "seconds": round(seconds),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+    replace(folder / "training.json", partial(write_json, facts))
+
+
+def write_json(content: dict[str, Any], path: Path) -> None:
+    """Writes indented JSON with a final newline."""
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def replace(path: Path, write: Callable[[Path], None]) -> None:
+    """Writes a file beside its place and renames it there, so that it is whole or the old one.
+
+    Args:
+        path: where the file goes.
+        write: called with the path to write to.
+    """
+    beside = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        write(beside)
+        beside.replace(path)
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror}") from error
+    finally:
+        beside.unlink(missing_ok=True)
