@@ -8,12 +8,18 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import AutoTokenizer, CLIPTextModel, PreTrainedModel, PreTrainedTokenizerBase
 
+from tiue.checkpoints import looks_local
 from tiue.errors import CheckpointError, InputError, TiUEError
 from tiue.unet import TiUEUNet
 
 
 @contextmanager
 def _reading(part: str, source: str) -> Iterator[None]:
+    if not Path(source).is_dir() and looks_local(source):
+        raise CheckpointError(
+            f"There is no folder '{source}'. Give a Stable Diffusion pipeline: a folder that "
+            "save_pretrained wrote, or a hub id owner/model."
+        )
     try:
         yield
     except TiUEError:

@@ -18,7 +18,7 @@ from tiue.distill.config import DistillConfig
 from tiue.distill.data import PromptOrder, read_prompts
 from tiue.distill.teacher import NoiseSchedule, Teacher, drop_prompts
 from tiue.distill.text import PromptEmbeddings
-from tiue.errors import InputError, NonFiniteError
+from tiue.errors import CheckpointError, InputError, NonFiniteError
 from tiue.schedule import OnePassSchedule
 from tiue.unet import TiUEUNet
 
@@ -95,6 +95,7 @@ class Trainer:
             teacher_unet.to(device), noise_schedule, config.lora_rank, config.lora_alpha
         )
         self.unet = loading.load_unet(config.student or config.teacher).train()
+        self._require_same_kind()
         self.latent_shape = self._latent_shape()
         self.ema = self._average() if config.ema_decay > 0 else None
 
@@ -261,6 +262,15 @@ class Trainer:
 
         average = AveragedModel(self.unet, self.accelerator.device, multi_avg_fn=follow)
         return average.requires_grad_(False).eval()
+
+    def _require_same_kind(self) -> None:
+        for name in ("in_channels", "out_channels", "cross_attention_dim"):
+            own, taught = self.unet.config[name], self.teacher.unet.config[name]
+            if own != taught:
+                raise CheckpointError(
+                    f"The student's {name} is {own} and the teacher's {taught}: they must share "
+                    "latents and text encoder. Start from a UNet of the teacher's kind."
+                )
 
     def _latent_shape(self) -> tuple[int, int, int, int]:
         config, size = self.config, self.unet.config.sample_size

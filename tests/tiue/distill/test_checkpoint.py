@@ -1,0 +1,72 @@
+import pytest
+
+from tiue.distill.checkpoint import list_checkpoints, prepare_output, whole_folder
+from tiue.errors import InputError, OutputError
+
+
+def test_a_folder_appears_only_once_it_is_complete(tmp_path):
+    place = tmp_path / "deep" / "unet"
+    with whole_folder(place) as written:
+        (written / "config.json").write_text("{}")
+        assert not place.exists()
+    assert [p.name for p in place.iterdir()] == ["config.json"]
+    assert [p.name for p in place.parent.iterdir()] == ["unet"]
+
+
+@pytest.mark.parametrize("error", [OSError("disk full"), RuntimeError("failed writing file")])
+def test_a_failed_write_leaves_what_was_there(tmp_path, error):
+    place = tmp_path / "unet"
+    place.mkdir()
+    (place / "old").touch()
+
+    def write():
+        with whole_folder(place) as written:
+            (written / "new").touch()
+            raise error
+
+    with pytest.raises(OutputError, match=str(error)):
+        write()
+    assert [p.name for p in tmp_path.rglob("*")] == ["unet", "old"]
+
+
+def test_a_complete_write_replaces_what_was_there(tmp_path):
+    place = tmp_path / "unet"
+    place.mkdir()
+    (place / "old").touch()
+    with whole_folder(place) as written:
+        (written / "new").touch()
+    assert [p.name for p in tmp_path.rglob("*")] == ["unet", "new"]
+
+
+def test_unfinished_checkpoints_are_not_listed(tmp_path):
+    for name in ("step-00000020", "step-00000003", ".step-00000030-abc", "notes"):
+        (tmp_path / name).mkdir()
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["step-00000003", "step-00000020"]
+
+
+def test_old_checkpoints_make_room(make_config):
+    from tiue.distill import distill
+
+    output = distill(make_config(steps=3, checkpoint_every=1, keep_checkpoints=2))
+    kept = [p.name for p in list_checkpoints(output / "checkpoints")]
+    assert kept == ["step-00000002", "step-00000003"]
+
+
+def test_an_output_that_is_a_file_is_refused(tmp_path):
+    path = tmp_path / "file"
+    path.touch()
+    with pytest.raises(OutputError, match="Choose another folder"):
+        prepare_output(path, resume=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("num_decoder_steps", 0), ("learning_rate", 0.0), ("ema_decay", 1.0), ("prompt_drop", 1.1),
+        ("min_timestep", 981), ("max_timestep", 5), ("weighting", "sigma"), ("kl_reduction", "max"),
+        ("mixed_precision", "fp8"), ("timestep_spacing", "even"), ("height", 0),
+    ],
+)  # fmt: skip
+def test_a_setting_that_cannot_be_is_named(make_config, name, value):
+    with pytest.raises(InputError, match=name):
+        make_config(**{name: value})

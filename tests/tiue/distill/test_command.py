@@ -1,0 +1,55 @@
+import dataclasses
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from tiue.cli import app
+from tiue.distill import DistillConfig
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, ["distill", *map(str, arguments)], env={"COLUMNS": "200"})
+
+
+@pytest.fixture
+def arguments(make_config, tmp_path):
+    config = make_config()
+    return [
+        "--teacher", config.teacher, "--prompts", config.prompts, "--output", tmp_path / "run",
+        "--steps", 1, "--batch-size", 2, "--lora-rank", 2, "--cpu",
+    ]  # fmt: skip
+
+
+def test_every_setting_is_an_option_with_its_help():
+    text = " ".join(run("--help").output.replace("│", " ").split())
+    for field in dataclasses.fields(DistillConfig):
+        assert f"--{field.name.replace('_', '-')}" in text
+    assert "Classifier-free guidance of the teacher" in text
+
+
+def test_settings_reach_the_run(arguments, tmp_path):
+    result = run(*arguments, "--no-save-pipeline", "--kl-weight", 0)
+    assert result.exit_code == 0, result.output
+    assert str(tmp_path / "run") in result.output
+    line = json.loads((tmp_path / "run" / "log.jsonl").read_text())
+    assert line["step"] == 1
+    assert line["kl"] == 0
+    assert not (tmp_path / "run" / "pipeline").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("--prompt-drop", 2, "prompt_drop must be from 0 to 1"),
+        ("--prompts", "nowhere.txt", "nowhere.txt"),
+        ("--teacher", "nowhere", "nowhere"),
+        ("--weighting", "sigma", "weighting"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(arguments, tmp_path, option, value, said):
+    result = run(*arguments, option, value)
+    assert result.exit_code == 2
+    assert said in result.output
+    assert "Traceback" not in result.output
+    assert not (tmp_path / "run" / "unet").exists()
