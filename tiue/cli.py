@@ -62,7 +62,9 @@ class Dtype(str, Enum):
 def generate(
     prompts: Annotated[
         list[str],
-        typer.Argument(help='What to draw, each text in quotes: "red apple" "rocket".'),
+        typer.Argument(
+            metavar="PROMPTS...", help='What to draw, each text in quotes: "red apple" "rocket".'
+        ),
     ],
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Folder for the pictures; made if missing.")
@@ -134,7 +136,7 @@ def generate(
 
     place = _device(device)
     pipe = _load(model, _dtype(dtype, place)).to(place)
-    pipe.set_progress_bar_config(disable=True)
+    pipe.set_progress_bar_config(disable=None, leave=False)  # None: on a terminal only
     jobs = [(prompt, seed + index) for prompt in prompts for index in range(num_images)]
     names = _file_names(jobs)
     pictures = []
@@ -172,7 +174,7 @@ app.command("distill")(distill_command)
 
 @app.command()
 def info() -> None:
-    """Print versions, the device and what is built: what a bug report needs."""
+    """Print versions, the device and whether the embedded model is there, for a bug report."""
     import torch
 
     from tiue.openmoji import WEIGHTS
@@ -226,8 +228,15 @@ def _dtype(name: Dtype, device: torch.device) -> torch.dtype:
 
 
 def _load(model: str | None, dtype: torch.dtype) -> TiUEPipeline:
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
     import tiue
 
+    # Their bars for a load of seconds, and remarks on packages that nothing here needs.
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
     if model is None:
         return tiue.load_openmoji(torch_dtype=dtype)
     return tiue.TiUEPipeline.from_pretrained(model, torch_dtype=dtype)
