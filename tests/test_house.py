@@ -9,9 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from PIL import Image
 
 import tiue
 import tiue_kernels
+from tiue.openmoji.config import TEN_PROMPTS
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("tiue", "tiue_kernels", "benchmarks", "tests")
@@ -72,19 +75,20 @@ def test_one_version():
     assert importlib.metadata.version("tiue") == declared
 
 
-def test_readme_names_exist():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    python = readme.split("```python\n")[1].split("```")[0].replace("# noise", "noise")
-    chains = {
-        ast.unparse(node)
-        for node in ast.walk(ast.parse(python.replace("# latents", "latents")))
-        if isinstance(node, ast.Attribute) and ast.unparse(node).startswith("tiue.")
-    }
-    assert chains >= {"tiue.load_openmoji", "tiue.TiUEUNet.from_unet"}
-    for chain in chains:
-        thing = tiue
-        for name in chain.split(".")[1:]:
-            thing = getattr(thing, name)
+def test_readme_example_runs(tmp_path, monkeypatch):
+    code = (ROOT / "README.md").read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(code, names)
+    colors = Image.open(tmp_path / "apple.png").convert("RGB").getcolors(maxcolors=2**16)
+    assert colors is None or len(colors) > 10  # a picture, not one flat colour
+    expected = names["unet"].one_pass(names["noise"], names["schedule"], names["prompt_embeds"])
+    torch.testing.assert_close(names["latents"].detach(), expected, rtol=2e-5, atol=2e-5)
+
+
+def test_demo_draws_the_ten_prompts():
+    lines = (ROOT / "Makefile").read_text(encoding="utf-8").split("PROMPTS := ")[1]
+    assert tuple(re.findall(r'"(.+?)"', lines.split("\n\n")[0])) == TEN_PROMPTS
 
 
 def test_readme_links_exist():
