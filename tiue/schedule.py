@@ -9,7 +9,7 @@ import torch
 from tiue.errors import InputError, SchedulerError
 from tiue_kernels import functional
 
-_CURE = "use for instance DDIMScheduler.from_config(scheduler.config)"
+_CURE = "use for instance DDIMScheduler.from_config(scheduler.config, clip_sample=False)"
 
 
 @dataclass(frozen=True)

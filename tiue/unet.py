@@ -121,9 +121,10 @@ class TiUEUNet(UNet2DConditionModel):
         return student
 
     def to_json_string(self) -> str:
-        """The configuration under the parent's class name, so that plain diffusers loads it."""
+        """The configuration as plain diffusers loads it, and without the folder it came from."""
         config = json.loads(super().to_json_string())
         config["_class_name"] = UNet2DConditionModel.__name__
+        config.pop("_name_or_path", None)
         return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
     @apply_forward_hook
