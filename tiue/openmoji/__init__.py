@@ -19,14 +19,14 @@ WEIGHTS = Path(__file__).parent / "weights"
 
 
 def load_openmoji(
-    torch_dtype: torch.dtype | None = None, weights: Path = WEIGHTS, variant: str = "student"
+    torch_dtype: torch.dtype | None = None, weights: Path = WEIGHTS, student: Path | None = None
 ) -> TiUEPipeline:
     """Loads the embedded one-pass model; no network.
 
     Args:
         torch_dtype: type of the weights in memory; float32 by default (the files hold float16).
         weights: folder that `python -m tiue.openmoji.train export` wrote.
-        variant: the folder in it that holds the student's UNet and scheduler.
+        student: another student than the one in `weights`: a folder with `unet/`, `scheduler/`.
 
     Returns:
         The student with the teacher's autoencoder, text encoder and tokenizer, on the CPU.
@@ -40,11 +40,10 @@ def load_openmoji(
     from tiue.pipelines import TiUEPipeline
     from tiue.unet import TiUEUNet
 
-    student = _folder(weights, variant)
-    teacher = _folder(weights, "teacher")
+    student = student or _folder(weights, "student")
     dtype = torch_dtype or torch.float32
     return TiUEPipeline.from_pretrained(
-        teacher,
+        _folder(weights, "teacher"),
         unet=TiUEUNet.from_pretrained(student, subfolder="unet", torch_dtype=dtype),
         scheduler=DDIMScheduler.from_pretrained(student, subfolder="scheduler"),
         torch_dtype=dtype,

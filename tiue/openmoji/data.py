@@ -19,8 +19,9 @@ from tiue.openmoji.loop import replace
 
 SKIN_TONES = range(0x1F3FB, 0x1F3FF + 1)
 REGIONAL_INDICATORS = range(0x1F1E6, 0x1F1FF + 1)
-FLAG_WEIGHT = 0.3
-ALIAS_SHARE = 0.2
+JOINER = 0x200D
+LESSER_WEIGHT = 0.2
+ALIAS_SHARE = 0.1
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Pictures:
         codes: OpenMoji file stems, such as "1F34E".
         prompts: canonical prompts, one per picture, all different.
         aliases: the character's Unicode name where it is another, else the canonical prompt.
-        weights: [N] float64 sampling weights; flags 0.3, all others 1.
+        weights: [N] float64 sampling weights; flags and joined sequences 0.2, others 1.
     """
 
     images: torch.Tensor
@@ -87,9 +88,18 @@ def name_pictures(codes: list[str]) -> dict[str, tuple[str, str]]:
 
 
 def sampling_weights(codes: list[str]) -> torch.Tensor:
-    """Weights flags of countries down: 259 near-equal rectangles would eat the capacity."""
-    flags = [int(code.split("-")[0], 16) in REGIONAL_INDICATORS for code in codes]
-    return torch.tensor([FLAG_WEIGHT if flag else 1.0 for flag in flags], dtype=torch.float64)
+    """Weighs down what would eat the capacity.
+
+    That is 259 flags, near-equal rectangles, and the joined sequences: one activity or one family
+    drawn again for every gender and direction.
+    """
+
+    def is_lesser(code: str) -> bool:
+        points = [int(point, 16) for point in code.split("-")]
+        return points[0] in REGIONAL_INDICATORS or JOINER in points
+
+    weights = [LESSER_WEIGHT if is_lesser(code) else 1.0 for code in codes]
+    return torch.tensor(weights, dtype=torch.float64)
 
 
 def render_picture(svg: str, size: int = IMAGE_SIZE) -> np.ndarray:

@@ -10,6 +10,7 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 
 from tiue.errors import CheckpointError
+from tiue.openmoji.autoencoder import load_autoencoder
 from tiue.openmoji.config import StudentConfig
 from tiue.openmoji.student import student_folder
 
@@ -23,14 +24,16 @@ def export_weights(work: Path, output: Path) -> None:
             scheduler (text encoder, tokenizer and autoencoder are the teacher's).
 
     Raises:
-        CheckpointError: if there is no trained teacher.
+        CheckpointError: if teacher or decoder are not trained yet.
     """
     source = work / "teacher" / "pipeline"
     if not source.is_dir():
         raise CheckpointError(
             f"no teacher in {source}: run `python -m tiue.openmoji.train teacher`"
         )
-    pipeline = StableDiffusionPipeline.from_pretrained(source, torch_dtype=torch.float16)
+    # The teacher's training saw latents only; the decoder was trained on meanwhile.
+    vae = load_autoencoder(work / "decoder").half()
+    pipeline = StableDiffusionPipeline.from_pretrained(source, vae=vae, torch_dtype=torch.float16)
     with _Replacing(output / "teacher") as folder:
         pipeline.save_pretrained(folder)
 

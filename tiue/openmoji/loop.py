@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from torch import distributed
 from tqdm import tqdm
 
 from tiue.errors import CheckpointError, OutputError
 
 CHECKPOINT = "checkpoint.pt"
-SAVE_EVERY = 250
 
 
 class Training(Protocol):
@@ -52,14 +52,34 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
         group["lr"] = rate
 
 
+def process() -> tuple[int, int]:
+    """The number of this process and how many there are (1 outside of torchrun)."""
+    if not distributed.is_initialized():
+        return 0, 1
+    return distributed.get_rank(), distributed.get_world_size()
+
+
+def average_gradients(parameters: list[torch.nn.Parameter]) -> None:
+    """Gives every process the mean of all processes' gradients, in one transfer."""
+    _, count = process()
+    if count > 1:
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        distributed.all_reduce(flat)
+        parts = (flat / count).split([gradient.numel() for gradient in gradients])
+        for gradient, part in zip(gradients, parts, strict=True):
+            gradient.copy_(part.view_as(gradient))
+
+
 def run(
     training: Training,
     folder: Path,
     steps: int,
     resume: bool = False,
     on_step: Callable[[int], None] | None = None,
+    save_every: int = 250,
 ) -> None:
-    """Runs a stage to its last step, with a checkpoint every 250 steps.
+    """Runs a stage to its last step, with checkpoints on the way, written by the first process.
 
     Args:
         training: the stage.
@@ -67,6 +87,7 @@ def run(
         steps: updates in all, those before a resumption included.
         resume: go on from the folder's checkpoint, if there is one.
         on_step: called with the number of updates done, after each.
+        save_every: updates from one checkpoint to the next.
 
     Raises:
         CheckpointError: if the checkpoint is of another model or configuration.
@@ -89,22 +110,30 @@ def run(
         raise OutputError(f"cannot write to {folder}: {error.strerror}") from error
 
     begin = time.monotonic() - seconds
-    progress = tqdm(range(first, steps), initial=first, total=steps, mininterval=10)
+    rank, processes = process()
+    progress = tqdm(
+        range(first, steps), initial=first, total=steps, mininterval=10, disable=rank > 0
+    )
     average = None
     for step in progress:
         loss = training.step(step)
         average = loss if average is None else 0.98 * average + 0.02 * loss
         progress.set_postfix(loss=f"{average:.4f}", refresh=False)
+        if rank > 0:
+            continue
         done = step + 1
         seconds = time.monotonic() - begin
-        if done % SAVE_EVERY == 0 or done == steps:
+        if done % save_every == 0 or done == steps:
             state = {"training": training.state_dict(), "step": done, "seconds": seconds}
             replace(checkpoint, partial(torch.save, state))
         if on_step is not None:
             on_step(done)
+    if rank > 0:
+        return
     facts = {
         "steps": steps,
         "seconds": round(seconds),
+        "processes": processes,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
@@ -116,7 +145,7 @@ def write_json(content: dict[str, Any], path: Path) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def replace(path: Path, write: Callable[[Path], None]) -> None:
+def replace(path: Path, write: Callable[[Path], object]) -> None:
     """Writes a file beside its place and renames it there, so that it is whole or the old one.
 
     Args:

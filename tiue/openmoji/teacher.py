@@ -26,11 +26,19 @@ from tiue.openmoji.config import (
     LATENT_CHANNELS,
     LATENT_SIZE,
     MAX_PROMPT_TOKENS,
+    TEACHER_STEPS,
     TEN_PROMPTS,
     TeacherConfig,
 )
 from tiue.openmoji.data import ALIAS_SHARE, Pictures
-from tiue.openmoji.loop import cosine_rate, run, set_rate, step_generator
+from tiue.openmoji.loop import (
+    average_gradients,
+    cosine_rate,
+    process,
+    run,
+    set_rate,
+    step_generator,
+)
 
 SHEET_EVERY = 1000
 
@@ -46,19 +54,19 @@ def train_tokenizer(prompts: list[str], vocabulary: int) -> CLIPTokenizer:
         A tokenizer that knows every byte, so no text maps to the unknown token.
     """
     backend = CLIPTokenizer().backend_tokenizer
-    bytes_inside = sorted(pre_tokenizers.ByteLevel.alphabet())
-    bytes_at_end = [f"{byte}</w>" for byte in bytes_inside]
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = [*letters, *(f"{letter}</w>" for letter in letters)]
+    # Given as special tokens they get fixed numbers, by which the trainer breaks ties between
+    # merges; else it numbers them in the order of a hash table, another in every run.
     trainer = BpeTrainer(
-        vocab_size=vocabulary,
-        initial_alphabet=bytes_inside,
+        vocab_size=vocabulary - 2,
+        special_tokens=tokens,
         end_of_word_suffix="</w>",
         show_progress=False,
     )
     backend.train_from_iterator(prompts, trainer)
     merges = [tuple(merge) for merge in json.loads(backend.to_str())["model"]["merges"]]
-    tokens = ["<|startoftext|>", "<|endoftext|>", *bytes_inside, *bytes_at_end]
-    merges = merges[: vocabulary - len(tokens)]
-    tokens += ["".join(merge) for merge in merges]
+    tokens = ["<|startoftext|>", "<|endoftext|>", *tokens, *map("".join, merges)]
     return CLIPTokenizer(
         vocab={token: index for index, token in enumerate(tokens)},
         merges=merges,
@@ -67,11 +75,12 @@ def train_tokenizer(prompts: list[str], vocabulary: int) -> CLIPTokenizer:
 
 
 def build_scheduler() -> DDIMScheduler:
-    """Builds the scheduler of Stable Diffusion 1.x (Rombach et al., 2022), in its DDIM form."""
+    """Builds the scheduler of Stable Diffusion 2.x (v-prediction), in its DDIM form."""
     return DDIMScheduler(
         beta_schedule="scaled_linear",
         beta_start=0.00085,
         beta_end=0.012,
+        prediction_type="v_prediction",
         clip_sample=False,
         set_alpha_to_one=False,
         steps_offset=1,
@@ -113,6 +122,11 @@ def build_unet(config: TeacherConfig) -> UNet2DConditionModel:
         # diffusers' name for the number of heads
         attention_head_dim=tuple(width // config.head_size for width in config.channels),
         use_linear_projection=True,
+        # The prompt as a whole scales and shifts every resnet: a name is learned in a fraction of
+        # the steps that cross-attention alone takes.
+        addition_embed_type="text",
+        addition_embed_type_num_heads=config.text_heads,
+        resnet_time_scale_shift="scale_shift",
     )
 
 
@@ -149,9 +163,13 @@ def tokenize(tokenizer: CLIPTokenizer, prompts: list[str]) -> torch.Tensor:
 
 
 def stratified_timesteps(count: int, steps: int, generator: torch.Generator) -> torch.Tensor:
-    """Draws one timestep from each of `count` equal parts of 0..steps-1: less noise in the loss."""
-    offsets = torch.rand(count, generator=generator)
-    return ((torch.arange(count) + offsets) * steps / count).long()
+    """Draws timesteps of 0..steps-1 with a density that grows with t.
+
+    Where noise is high the prompt decides alone, and that is the longest to learn. One timestep
+    comes from each of `count` equally likely parts, for less noise in the loss.
+    """
+    quantiles = (torch.arange(count) + torch.rand(count, generator=generator)) / count
+    return (quantiles.sqrt() * steps).long()
 
 
 class TeacherTraining:
@@ -192,24 +210,32 @@ class TeacherTraining:
     def step(self, step: int) -> float:
         """Takes one optimiser step, all its randomness drawn from its number; returns the loss.
 
-        The loss is the mean squared error of the noise, weighted by min(SNR, gamma) / SNR
-        (Hang et al., "Efficient Diffusion Training via Min-SNR Weighting Strategy", 2023).
+        The loss is the mean squared error of v (Salimans and Ho, "Progressive Distillation",
+        2022), weighted by (min(SNR, gamma) + 1) / (SNR + 1): in terms of the clean latents a
+        weight of min(SNR, gamma) + 1. Noise prediction would weigh them by SNR, 0.01 at t = 900,
+        where all that tells one picture from another is the prompt.
         """
         config = self.config
         generator = step_generator(config.seed, step)
         chosen = self.pictures.sample(config.batch_size, generator)
         ids = self.batch_ids(chosen, generator)
-        clean = self.latents[chosen]
-        noise = torch.randn(clean.shape, generator=generator)
+        noise = torch.randn((len(chosen), *self.latents.shape[1:]), generator=generator)
         timesteps = stratified_timesteps(
-            len(clean), self.scheduler.config.num_train_timesteps, generator
+            len(chosen), self.scheduler.config.num_train_timesteps, generator
         )
+        # All processes draw the same batch, and each takes its rows: how many there are does not
+        # change the result.
+        rank, processes = process()
+        mine = slice(rank, None, processes)
+        ids, noise, timesteps = ids[mine], noise[mine], timesteps[mine]
+        clean = self.latents[chosen[mine]]
         noisy = self.scheduler.add_noise(clean, noise, timesteps)
         prompt_embeds = self.text_encoder(ids).last_hidden_state
         predicted = self.unet(noisy, timesteps, prompt_embeds).sample
         snr = compute_snr(self.scheduler, timesteps)
-        weight = snr.clamp(max=config.snr_gamma) / snr
-        loss = (weight * (predicted - noise).square().mean(dim=(1, 2, 3))).mean()
+        weight = (snr.clamp(max=config.snr_gamma) + 1) / (snr + 1)
+        target = self.scheduler.get_velocity(clean, noise, timesteps)
+        loss = (weight * (predicted - target).square().mean(dim=(1, 2, 3))).mean()
 
         set_rate(
             self.optimizer,
@@ -217,6 +243,7 @@ class TeacherTraining:
         )
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        average_gradients(self.parameters)
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
         self.ema.step(self.parameters)
@@ -250,7 +277,7 @@ def sample_sheet(pipeline: StableDiffusionPipeline, path: Path) -> None:
     """Saves one picture of each of the ten prompts, 25 DDIM steps, seeds 0..9, enlarged twice."""
     images = pipeline(
         list(TEN_PROMPTS),
-        num_inference_steps=25,
+        num_inference_steps=TEACHER_STEPS,
         guidance_scale=GUIDANCE_SCALE,
         generator=[torch.Generator().manual_seed(seed) for seed in range(len(TEN_PROMPTS))],
     ).images
@@ -287,5 +314,6 @@ def train_teacher(
 
     run(training, folder, config.steps, resume, sample)
     pipeline = training.averaged_pipeline(vae)
-    pipeline.save_pretrained(folder / "pipeline")
+    if process()[0] == 0:
+        pipeline.save_pretrained(folder / "pipeline")
     return pipeline

@@ -7,10 +7,12 @@ from typing import Annotated
 
 import typer
 
+from tiue.cli import _OneLineErrors
 from tiue.openmoji.config import AutoencoderConfig, DecoderConfig, StudentConfig, TeacherConfig
 from tiue.openmoji.data import load_pictures, write_prompts
 
 app = typer.Typer(
+    cls=_OneLineErrors,
     help="Make the OpenMoji model: autoencoder, decoder, teacher, student, export, in this order.",
     no_args_is_help=True,
     add_completion=False,
@@ -64,8 +66,16 @@ def teacher(
     seed: Seed = TeacherConfig.seed,
     resume: Resume = False,
 ) -> None:
-    """Train the teacher's UNet and text encoder on the autoencoder's latents."""
+    """Train the teacher's UNet and text encoder on the autoencoder's latents.
+
+    On several cores: torchrun --nproc-per-node 2 -m tiue.openmoji.train teacher
+    """
+    from torch import distributed
+
     from tiue.openmoji.teacher import train_teacher
+
+    if distributed.is_torchelastic_launched():
+        distributed.init_process_group("gloo")
 
     config = TeacherConfig(steps=steps, seed=seed)
     pictures = load_pictures(pictures_file(work))
