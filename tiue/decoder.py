@@ -17,6 +17,7 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.unets.unet_2d_blocks import CrossAttnUpBlock2D, UpBlock2D
+from diffusers.models.upsampling import Upsample2D
 from diffusers.utils import logging
 from torch import nn
 
@@ -76,12 +77,12 @@ class Rows:
 
 
 def decode_up_block(
-    block: nn.Module,
+    block: Any,
     rows: Rows,
     skips: tuple[torch.Tensor, ...],
     time_embedding: torch.Tensor,
     context: SharedContext,
-    upsample_size: tuple[int, int] | None,
+    upsample_size: torch.Size | None,
 ) -> Rows:
     """Run one up block for K timesteps.
 
@@ -122,12 +123,12 @@ def decode_up_block(
 
     value = hidden.value
     for upsampler in block.upsamplers or ():
-        value = upsampler(value, upsample_size)
+        value = _upsample(upsampler, value, upsample_size)
     return Rows(value, shared=False)
 
 
 def _decode_resnet(
-    resnet: ResnetBlock2D,
+    resnet: Any,
     hidden: torch.Tensor,
     shared: bool,
     skip: torch.Tensor,
@@ -141,6 +142,7 @@ def _decode_resnet(
         return resnet(torch.cat([rows, repeat_rows(skip, timesteps)], dim=1), time_embedding)
 
     norm1, conv1, norm2, shortcut = resnet.norm1, resnet.conv1, resnet.norm2, resnet.conv_shortcut
+    residual: tuple[torch.Tensor | None, torch.Tensor]
     if shared:  # saving 1: the rows part only where the time embedding is added
         joined = torch.cat([hidden, skip], dim=1)
         conv_hidden, conv_shared = None, conv1(resnet.nonlinearity(norm1(joined)))
@@ -174,7 +176,25 @@ def _decode_resnet(
     return out if resnet.output_scale_factor == 1.0 else out / resnet.output_scale_factor
 
 
-def _is_separable(resnet: nn.Module) -> bool:
+def _upsample(
+    upsampler: Any, hidden: torch.Tensor, upsample_size: torch.Size | None
+) -> torch.Tensor:
+    """[K*B, C, H, W] -> [K*B, C, 2 H, 2 W], or `upsample_size` where that is no exact double."""
+    height, width = hidden.shape[2:]
+    if (
+        upsample_size not in (None, (2 * height, 2 * width))
+        or not is_plain(upsampler, Upsample2D)
+        or not (upsampler.use_conv and upsampler.interpolate and upsampler.name == "conv")
+        or upsampler.use_conv_transpose
+        or upsampler.norm is not None
+        or not _is_plain_conv(upsampler.conv)
+        or upsampler.conv.kernel_size != (3, 3)
+    ):
+        return upsampler(hidden, upsample_size)
+    return functional.upsample_conv2d(hidden, upsampler.conv.weight, upsampler.conv.bias)
+
+
+def _is_separable(resnet: Any) -> bool:
     """Whether norm, convolution and shortcut of a resnet can be split at the skip's border."""
     return (
         is_plain(resnet, ResnetBlock2D)
@@ -190,7 +210,7 @@ def _is_separable(resnet: nn.Module) -> bool:
 
 
 def _decode_transformer(
-    transformer: nn.Module, hidden: torch.Tensor, context: SharedContext
+    transformer: Any, hidden: torch.Tensor, context: SharedContext
 ) -> torch.Tensor:
     """[K*B, C, H, W] -> [K*B, C, H, W], text keys and values once for all timesteps."""
     kwargs = context.cross_attention_kwargs
@@ -211,7 +231,7 @@ def _decode_transformer(
 
 
 def _decode_transformer_block(
-    block: nn.Module, tokens: torch.Tensor, context: SharedContext
+    block: Any, tokens: torch.Tensor, context: SharedContext
 ) -> torch.Tensor:
     """[K*B, H*W, C] -> [K*B, H*W, C]."""
     if not _is_layer_norm_block(block):
@@ -224,7 +244,7 @@ def _decode_transformer_block(
     return _feed_forward(block.ff, block.norm3(tokens)) + tokens
 
 
-def _is_layer_norm_block(block: nn.Module) -> bool:
+def _is_layer_norm_block(block: Any) -> bool:
     return (
         is_plain(block, BasicTransformerBlock)
         and block.norm_type == "layer_norm"
@@ -235,9 +255,7 @@ def _is_layer_norm_block(block: nn.Module) -> bool:
     )
 
 
-def _cross_attention(
-    attention: nn.Module, tokens: torch.Tensor, context: SharedContext
-) -> torch.Tensor:
+def _cross_attention(attention: Any, tokens: torch.Tensor, context: SharedContext) -> torch.Tensor:
     """[K*B, H*W, C] -> [K*B, H*W, C]; the projections are called as modules, adapters and all."""
     if not _is_plain_attention(attention):
         _tell_once(attention)
@@ -263,7 +281,7 @@ def _cross_attention(
     return out
 
 
-def _is_plain_attention(attention: nn.Module) -> bool:
+def _is_plain_attention(attention: Any) -> bool:
     return (
         is_plain(attention, Attention)
         and type(attention.processor) is AttnProcessor2_0
@@ -277,7 +295,7 @@ def _is_plain_attention(attention: nn.Module) -> bool:
     )
 
 
-def _feed_forward(feed_forward: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+def _feed_forward(feed_forward: Any, tokens: torch.Tensor) -> torch.Tensor:
     """[..., C] -> [..., C]."""
     if not (is_plain(feed_forward, FeedForward) and is_plain(feed_forward.net[0], GEGLU)):
         return feed_forward(tokens)
@@ -309,7 +327,7 @@ def is_plain(module: nn.Module | None, *classes: type[nn.Module]) -> bool:
     )
 
 
-def _is_plain_conv(conv: nn.Module | None) -> bool:
+def _is_plain_conv(conv: Any) -> bool:
     return (
         is_plain(conv, nn.Conv2d)
         and conv.padding_mode == "zeros"

@@ -404,7 +404,7 @@ class TiUEUNet(UNet2DConditionModel):
         for block in self.up_blocks:
             border = len(skips) - len(block.resnets)
             skips, block_skips = skips[:border], skips[border:]
-            upsample_size = tuple(skips[-1].shape[2:]) if skips and not exact else None
+            upsample_size = skips[-1].shape[2:] if skips and not exact else None
             rows = decode_up_block(block, rows, block_skips, embedding, context, upsample_size)
         return rows.value
 

@@ -16,6 +16,8 @@ from tiue_kernels.reference.noise_kl import noise_kl_fwd
 from tiue_kernels.reference.one_pass_combine import one_pass_combine_fwd
 from tiue_kernels.reference.shared_skip_group_norm_silu import shared_skip_group_norm_silu_fwd
 from tiue_kernels.reference.timestep_sum_group_norm_silu import timestep_sum_group_norm_silu_fwd
+from tiue_kernels.reference.upsample_conv2d import upsample_conv2d_fwd
+from tiue_kernels.scratch import contiguous_slice
 
 
 def shared_skip_group_norm_silu(
@@ -90,9 +92,10 @@ def split_conv2d(
             f"weight takes {weight.shape[1]} channels, hidden and skip have "
             f"{border} + {skip.shape[1]}"
         )
-    out = F.conv2d(hidden, weight[:, :border], padding=padding)
+    out = F.conv2d(hidden, contiguous_slice(weight, 0, border), padding=padding)
     if skip.shape[1]:
-        return out, F.conv2d(skip, weight[:, border:], bias, padding=padding)
+        rest = contiguous_slice(weight, border, weight.shape[1])
+        return out, F.conv2d(skip, rest, bias, padding=padding)
     shared = out.new_zeros(1, out.shape[1], 1, 1)
     if bias is not None:
         shared = shared + bias[:, None, None].to(out.dtype)
@@ -210,6 +213,33 @@ def geglu(x: torch.Tensor) -> torch.Tensor:
     if x.shape[-1] % 2:
         raise ValueError(f"geglu halves the last axis, which is odd: {x.shape[-1]}")
     return geglu_fwd(x)
+
+
+def upsample_conv2d(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """conv2d(nearest x2 upsampling of x, weight, bias, padding=1), on the small map.
+
+    Every output phase of the doubled map reads a 2 x 2 window of the small one, with taps summed
+    beforehand: 2.25 x fewer multiply-adds. Maps too small to gain are upsampled as they are.
+
+    Args:
+        x: [rows, C_in, H, W].
+        weight: [C_out, C_in, 3, 3]; the taps are summed at every call, nothing is cached.
+        bias: [C_out].
+
+    Returns:
+        [rows, C_out, 2 H, 2 W].
+
+    Raises:
+        ValueError: the weight is no 3 x 3 kernel for the channels of x.
+    """
+    if x.ndim != 4 or weight.shape[1:] != (x.shape[1], 3, 3):
+        raise ValueError(
+            f"weight must be [C_out, {x.shape[1]}, 3, 3] for x of {tuple(x.shape)}, got "
+            f"{tuple(weight.shape)}"
+        )
+    return upsample_conv2d_fwd(x, weight, bias)
 
 
 def timestep_sum_group_norm_silu(

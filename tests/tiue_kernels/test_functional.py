@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from tests.tolerances import EXACT_RELATIVE, relative_error
 from tiue_kernels import functional
+from tiue_kernels.reference.upsample_conv2d import LEAST_PIXELS
 
 Tensors = tuple[torch.Tensor, ...]
 K, B = 3, 2
@@ -159,6 +160,35 @@ def test_scale_of_attention() -> None:
     assert relative_error(uniform, value.mean(1, keepdim=True).expand(2, 3, 4)) <= EXACT_RELATIVE
 
 
+@pytest.mark.parametrize("size", [(1, 1), (3, 2), (9, 11)], ids=str)
+def test_upsample_conv2d(size: tuple[int, int]) -> None:
+    def textbook(x, weight, bias) -> Tensors:
+        doubled = x.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+        return (F.conv2d(doubled, weight, bias, padding=1),)
+
+    # (9, 11) has pixels enough for the four phases, the others take the plain way.
+    assert (K * B * size[0] * size[1] >= LEAST_PIXELS) == (size == (9, 11))
+    check(
+        lambda *tensors: (functional.upsample_conv2d(*tensors),),
+        textbook,
+        noise(K * B, 5, *size),
+        noise(4, 5, 3, 3),
+        noise(4),
+    )
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@torch.no_grad()
+def test_slices_in_reused_memory_are_fresh_at_every_call(memory_format) -> None:
+    hidden, skip = noise(2, 6, 4, 4), noise(1, 5, 4, 4)
+    for seed in range(3):
+        for width in (7, 3):  # a smaller slice in the larger buffer
+            weight = noise(width, 11, 3, 3, seed=seed).contiguous(memory_format=memory_format)
+            rows, shared = functional.split_conv2d(hidden, skip, weight, padding=1)
+            expected = F.conv2d(torch.cat([hidden, skip.repeat(2, 1, 1, 1)], 1), weight, padding=1)
+            assert relative_error(rows + shared, expected) <= EXACT_RELATIVE
+
+
 def test_geglu() -> None:
     def textbook(x) -> Tensors:
         hidden, gate = x[..., :5], x[..., 5:]
@@ -251,6 +281,7 @@ def test_low_precision_accumulates_in_float32(dtype: torch.dtype) -> None:
             noise(4, 3, 8), noise(2, 3, 8), noise(2, 3, 8), 3
         ),
         lambda: functional.geglu(noise(2, 3)),
+        lambda: functional.upsample_conv2d(noise(1, 4, 2, 2), noise(3, 4, 2, 2)),
         lambda: functional.timestep_sum_group_norm_silu(
             noise(4, 4, 2, 2), noise(3), 2, noise(4), noise(4)
         ),
