@@ -1,5 +1,6 @@
 """The distillation loop (arXiv 2505.21960): VSD and KL for the student, denoising for the LoRA."""
 
+import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,8 @@ from tiue.distill.text import PromptEmbeddings
 from tiue.errors import CheckpointError, InputError, NonFiniteError
 from tiue.schedule import OnePassSchedule
 from tiue.unet import TiUEUNet
+
+logger = logging.getLogger(__name__)
 
 SampleHook = Callable[[TiUEUNet, OnePassSchedule, int], None]
 
@@ -77,6 +80,12 @@ class Trainer:
         )
         self.schedule = OnePassSchedule.from_scheduler(self.scheduler, config.num_decoder_steps)
         noise_schedule = NoiseSchedule(self.scheduler).to(device)
+        if config.kl_weight > 0 and noise_schedule.prediction_type != "epsilon":
+            logger.warning(
+                "The KL term takes the UNet's outputs for noise, and this teacher's are of type "
+                "'%s': set kl_weight to 0 unless they are normal too.",
+                noise_schedule.prediction_type,
+            )
         if config.max_timestep >= len(noise_schedule):
             raise InputError(
                 f"max_timestep is {config.max_timestep}, and the teacher's timesteps end at "

@@ -284,5 +284,5 @@ def test_distillation_reaches_the_teacher(make_config, tmp_path):
 
     before = distance()
     trainer.train()
-    # Seeds 0 to 4 gave 0.15 to 0.35 of it; a gradient of the wrong sign gives more than 1.
-    assert distance() < 0.6 * before
+    # Seeds 0 to 4 leave 0.24 to 0.26 of it; the opposite gradient makes it 4.1 times as long.
+    assert distance() < 0.5 * before
