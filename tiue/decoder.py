@@ -145,8 +145,8 @@ def _decode_resnet(
     residual: tuple[torch.Tensor | None, torch.Tensor]
     if shared:  # saving 1: the rows part only where the time embedding is added
         joined = torch.cat([hidden, skip], dim=1)
-        conv_hidden, conv_shared = None, conv1(resnet.nonlinearity(norm1(joined)))
-        residual = (None, joined if shortcut is None else shortcut(joined))
+        conv_hidden, conv_shared = None, _conv2d(conv1, resnet.nonlinearity(norm1(joined)))
+        residual = (None, _conv2d(shortcut, joined))
     else:  # saving 2: the skip's half of every convolution once
         parts = functional.shared_skip_group_norm_silu(
             hidden, skip, norm1.num_groups, norm1.weight, norm1.bias, norm1.eps
@@ -168,7 +168,7 @@ def _decode_resnet(
         norm2.eps,
         scale_shift=resnet.time_embedding_norm == "scale_shift",
     )
-    out = resnet.conv2(resnet.dropout(out))
+    out = _conv2d(resnet.conv2, resnet.dropout(out))
     residual_hidden, residual_shared = residual
     if residual_hidden is not None:
         out = out + residual_hidden
@@ -335,6 +335,13 @@ def _is_plain_conv(conv: Any) -> bool:
         and conv.groups == 1
         and set(conv.stride) == set(conv.dilation) == {1}
     )
+
+
+def _conv2d(conv: Any, x: torch.Tensor) -> torch.Tensor:
+    """A convolution, called through its adapter where it has one."""
+    if not _is_plain_conv(conv):
+        return conv(x)
+    return functional.conv2d(x, conv.weight, conv.bias, conv.padding)
 
 
 def repeat_rows(value: Any, timesteps: int) -> Any:

@@ -7,8 +7,8 @@ statistics and sums over timesteps are accumulated in float32 (float64 for float
 """
 
 import torch
-import torch.nn.functional as F
 
+from tiue_kernels import convolution
 from tiue_kernels.reference.broadcast_add_group_norm_silu import broadcast_add_group_norm_silu_fwd
 from tiue_kernels.reference.cross_timestep_attention import cross_timestep_attention_fwd
 from tiue_kernels.reference.geglu import geglu_fwd
@@ -17,7 +17,6 @@ from tiue_kernels.reference.one_pass_combine import one_pass_combine_fwd
 from tiue_kernels.reference.shared_skip_group_norm_silu import shared_skip_group_norm_silu_fwd
 from tiue_kernels.reference.timestep_sum_group_norm_silu import timestep_sum_group_norm_silu_fwd
 from tiue_kernels.reference.upsample_conv2d import upsample_conv2d_fwd
-from tiue_kernels.scratch import contiguous_slice
 
 
 def shared_skip_group_norm_silu(
@@ -59,6 +58,34 @@ def shared_skip_group_norm_silu(
     return shared_skip_group_norm_silu_fwd(hidden, skip, num_groups, weight, bias, eps)
 
 
+def conv2d(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    padding: int | tuple[int, ...] = 0,
+) -> torch.Tensor:
+    """torch's conv2d with stride 1; on a CPU, maps of few pixels as a matrix product.
+
+    Args:
+        x: [rows, C_in, H, W].
+        weight: [C_out, C_in, kernel height, kernel width].
+        bias: [C_out].
+        padding: zeros added on each side.
+
+    Returns:
+        [rows, C_out, H', W'].
+
+    Raises:
+        ValueError: the weight does not take the channels of x.
+    """
+    if weight.ndim != 4 or x.ndim != 4 or weight.shape[1] != x.shape[1]:
+        raise ValueError(
+            f"weight must be [C_out, {x.shape[1]}, height, width] for x of {tuple(x.shape)}, got "
+            f"{tuple(weight.shape)}"
+        )
+    return convolution.conv2d(x, weight, bias, padding)
+
+
 def split_conv2d(
     hidden: torch.Tensor,
     skip: torch.Tensor,
@@ -92,10 +119,9 @@ def split_conv2d(
             f"weight takes {weight.shape[1]} channels, hidden and skip have "
             f"{border} + {skip.shape[1]}"
         )
-    out = F.conv2d(hidden, contiguous_slice(weight, 0, border), padding=padding)
+    out = convolution.conv2d(hidden, weight, None, padding)
     if skip.shape[1]:
-        rest = contiguous_slice(weight, border, weight.shape[1])
-        return out, F.conv2d(skip, rest, bias, padding=padding)
+        return out, convolution.conv2d(skip, weight, bias, padding, start=border)
     shared = out.new_zeros(1, out.shape[1], 1, 1)
     if bias is not None:
         shared = shared + bias[:, None, None].to(out.dtype)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from tests.tolerances import EXACT_RELATIVE, relative_error
 from tiue_kernels import functional
+from tiue_kernels.convolution import MOST_PIXELS
 from tiue_kernels.reference.upsample_conv2d import LEAST_PIXELS
 
 Tensors = tuple[torch.Tensor, ...]
@@ -69,6 +70,20 @@ def test_shared_skip_group_norm_silu(split: str, timesteps: int) -> None:
         noise(B, skip_channels, 4, 3),
         noise(channels),
         noise(channels, seed=1),
+    )
+
+
+@pytest.mark.parametrize("size", [3, 16])
+@pytest.mark.parametrize(("kernel", "padding"), [(3, 1), (3, 0), (1, 0), (3, (2, 1))])
+def test_conv2d(kernel: int, padding: int | tuple[int, int], size: int) -> None:
+    # 2 rows of 3 x 3 are few pixels, 2 rows of 16 x 16 are not.
+    assert (2 * size * size <= MOST_PIXELS) == (size == 3)
+    check(
+        lambda x, w, b: (functional.conv2d(x, w, b, padding),),
+        lambda x, w, b: (F.conv2d(x, w, b, padding=padding),),
+        noise(2, 5, size, size),
+        noise(4, 5, kernel, kernel),
+        noise(4),
     )
 
 
@@ -180,7 +195,8 @@ def test_upsample_conv2d(size: tuple[int, int]) -> None:
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
 @torch.no_grad()
 def test_slices_in_reused_memory_are_fresh_at_every_call(memory_format) -> None:
-    hidden, skip = noise(2, 6, 4, 4), noise(1, 5, 4, 4)
+    hidden, skip = noise(2, 6, 17, 17), noise(1, 5, 17, 17)
+    assert skip[:, 0].numel() > MOST_PIXELS  # not as a matrix product, which copies nothing
     for seed in range(3):
         for width in (7, 3):  # a smaller slice in the larger buffer
             weight = noise(width, 11, 3, 3, seed=seed).contiguous(memory_format=memory_format)
@@ -281,6 +297,7 @@ def test_low_precision_accumulates_in_float32(dtype: torch.dtype) -> None:
             noise(4, 3, 8), noise(2, 3, 8), noise(2, 3, 8), 3
         ),
         lambda: functional.geglu(noise(2, 3)),
+        lambda: functional.conv2d(noise(1, 4, 2, 2), noise(3, 5, 1, 1)),
         lambda: functional.upsample_conv2d(noise(1, 4, 2, 2), noise(3, 4, 2, 2)),
         lambda: functional.timestep_sum_group_norm_silu(
             noise(4, 4, 2, 2), noise(3), 2, noise(4), noise(4)
