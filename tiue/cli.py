@@ -27,7 +27,7 @@ _STAGES = ("text encoder", "encoder", "decoder", "VAE")
 _VERSIONS = ("tiue", "torch", "diffusers", "transformers", "safetensors", "peft", "triton")
 
 
-class _OneLineErrors(TyperGroup):
+class OneLineErrors(TyperGroup):
     """Ends a command that raised one of the package's errors with one line on stderr."""
 
     def invoke(self, ctx: Any) -> Any:
@@ -40,7 +40,7 @@ class _OneLineErrors(TyperGroup):
 
 
 app = typer.Typer(
-    cls=_OneLineErrors,
+    cls=OneLineErrors,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_show_locals=False,

@@ -92,7 +92,8 @@ class Teacher:
         lora_rank: int = 64,
         lora_alpha: float = 108.0,
     ) -> None:
-        if unet.config.addition_embed_type or unet.config.class_embed_type:
+        # "text" pools the prompt itself; every other kind wants a condition besides it.
+        if unet.config.addition_embed_type not in (None, "text") or unet.config.class_embed_type:
             raise ArchitectureError(
                 "This teacher's UNet takes conditions besides the prompt (SDXL's size embedding, "
                 "class labels); only UNets of the Stable Diffusion 1 and 2 kind can be distilled."

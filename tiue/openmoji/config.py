@@ -66,7 +66,7 @@ class DecoderConfig:
 class TeacherConfig:
     """The latent diffusion teacher: UNet and text encoder, trained together on prompts."""
 
-    steps: int = 3300
+    steps: int = 2600
     batch_size: int = 64
     learning_rate: float = 1e-3
     warmup_steps: int = 200

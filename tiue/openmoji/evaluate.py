@@ -14,7 +14,7 @@ import torch
 import typer
 from torch import nn
 
-from tiue.cli import _OneLineErrors
+from tiue.cli import OneLineErrors
 from tiue.errors import CheckpointError, InputError
 from tiue.openmoji import WEIGHTS, load_openmoji, load_openmoji_teacher
 from tiue.openmoji.config import GUIDANCE_SCALE, TEACHER_STEPS, TEN_PROMPTS
@@ -29,7 +29,7 @@ BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
 BATCH = 50
 
 app = typer.Typer(
-    cls=_OneLineErrors,
+    cls=OneLineErrors,
     help="Look at and measure the OpenMoji model.",
     no_args_is_help=True,
     add_completion=False,

@@ -51,6 +51,8 @@ def train_student(
             learning_rate=config.learning_rate,
             guidance_scale=config.guidance_scale,
             lora_guidance_scale=config.lora_guidance_scale,
+            # The term holds predicted noise near a normal distribution; this UNet predicts v.
+            kl_weight=0.0,
             ema_decay=config.ema_decay,
             seed=config.seed,
             cpu=True,

@@ -7,12 +7,12 @@ from typing import Annotated
 
 import typer
 
-from tiue.cli import _OneLineErrors
+from tiue.cli import OneLineErrors
 from tiue.openmoji.config import AutoencoderConfig, DecoderConfig, StudentConfig, TeacherConfig
 from tiue.openmoji.data import load_pictures, write_prompts
 
 app = typer.Typer(
-    cls=_OneLineErrors,
+    cls=OneLineErrors,
     help="Make the OpenMoji model: autoencoder, decoder, teacher, student, export, in this order.",
     no_args_is_help=True,
     add_completion=False,

@@ -150,7 +150,7 @@ def check_parts(
             f" channels, the VAE has {channels}: inpainting and depth UNets are not supported, and"
             " UNet and VAE must be of one model"
         )
-    if unet.config.addition_embed_type is not None:
+    if unet.config.addition_embed_type not in (None, "text"):  # "text" pools the prompt itself
         raise ArchitectureError(
             f"the UNet wants added conditions ({unet.config.addition_embed_type}), as SDXL's does."
             f" {SUPPORTED}; call TiUEUNet.one_pass with added_cond_kwargs for others"
