@@ -252,6 +252,35 @@ def test_noise_kl() -> None:
     assert functional.noise_kl(noise(1, 4, 64, 64)).abs().max() < 1e-3
 
 
+def test_an_empty_batch_passes_through() -> None:
+    hidden, skip, norm = noise(0, 6, 4, 4), noise(0, 2, 4, 4), (noise(8), noise(8))
+    front, back = functional.shared_skip_group_norm_silu(hidden, skip, 4, *norm)
+    rows, shared = functional.split_conv2d(front, back, noise(4, 8, 3, 3), noise(4), 1)
+    temb = noise(0, 4)
+    out = functional.broadcast_add_group_norm_silu(rows, shared, temb, 2, noise(4), noise(4))
+    assert out.shape == functional.conv2d(out, noise(4, 4, 1, 1)).shape == (0, 4, 4, 4)
+    assert functional.upsample_conv2d(out, noise(4, 4, 3, 3)).shape == (0, 4, 8, 8)
+    total = functional.timestep_sum_group_norm_silu(out, noise(3), 2, noise(4), noise(4))
+    assert total.shape == (0, 4, 4, 4)
+    text = noise(0, 5, 8)
+    assert functional.cross_timestep_attention(noise(0, 3, 8), text, text, 2).shape == (0, 3, 8)
+    assert functional.noise_kl(noise(3, 0, 4, 2, 2)).shape == (3, 0)
+    combined = functional.one_pass_combine(noise(0, 4), noise(3, 0, 4), 1.0, noise(3))
+    assert combined.shape == (0, 4)
+
+
+def test_sliced_inputs_need_not_be_contiguous() -> None:
+    hidden, skip = noise(4, 12, 8, 8)[:, ::2, :, ::2], noise(2, 4, 4, 8).transpose(2, 3)
+    weights = (noise(10), noise(10, seed=1))
+    results = functional.shared_skip_group_norm_silu(hidden, skip, 5, *weights)
+    expected = functional.shared_skip_group_norm_silu(
+        hidden.contiguous(), skip.contiguous(), 5, *weights
+    )
+    assert all(
+        relative_error(a, b) <= EXACT_RELATIVE for a, b in zip(results, expected, strict=True)
+    )
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_low_precision_accumulates_in_float32(dtype: torch.dtype) -> None:
     # 2048 + 1 - 2048 is 1, but 0 where sums are kept in 8 or 11 bits.

@@ -10,7 +10,7 @@ LATENT_SIZE = 8  # three halvings
 MAX_PROMPT_TOKENS = 16  # holds all prompts; of the aliases, one is longer: 19 tokens
 
 TEACHER_STEPS = 25
-GUIDANCE_SCALE = 4.0
+GUIDANCE_SCALE = 2.5
 
 TEN_PROMPTS = (
     "red apple",
@@ -90,10 +90,12 @@ class StudentConfig:
     """The distillation of the teacher by `tiue.distill`."""
 
     num_decoder_steps: int = 4
-    steps: int = 2000
-    batch_size: int = 32
-    learning_rate: float = 1e-4
-    guidance_scale: float = 4.0
+    steps: int = 600
+    batch_size: int = 16  # of each process
+    learning_rate: float = 3e-4
+    guidance_scale: float = 2.0
     lora_guidance_scale: float = 1.0
+    # Below, the teacher keeps whatever shape it is shown; what the prompt asks for is decided above.
+    min_timestep: int = 200
     ema_decay: float = 0.99
     seed: int = 0

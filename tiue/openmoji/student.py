@@ -44,8 +44,6 @@ def train_student(
             prompts=work / "prompts.txt",
             output=student_folder(work, config.num_decoder_steps),
             num_decoder_steps=config.num_decoder_steps,
-            # One leading step would start at t = 1, where there is no noise to remove.
-            timestep_spacing="trailing" if config.num_decoder_steps == 1 else None,
             steps=config.steps,
             batch_size=config.batch_size,
             learning_rate=config.learning_rate,
@@ -53,6 +51,7 @@ def train_student(
             lora_guidance_scale=config.lora_guidance_scale,
             # The term holds predicted noise near a normal distribution; this UNet predicts v.
             kl_weight=0.0,
+            min_timestep=config.min_timestep,
             ema_decay=config.ema_decay,
             seed=config.seed,
             cpu=True,

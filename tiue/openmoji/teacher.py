@@ -75,7 +75,11 @@ def train_tokenizer(prompts: list[str], vocabulary: int) -> CLIPTokenizer:
 
 
 def build_scheduler() -> DDIMScheduler:
-    """Builds the scheduler of Stable Diffusion 2.x (v-prediction), in its DDIM form."""
+    """Builds the scheduler of Stable Diffusion 2.x (v-prediction), in its DDIM form.
+
+    Trailing spacing starts at t = 999. Leading spacing would start at t = 751 for four steps, where
+    a quarter of the deviation is signal: this model takes pure noise there for a picture.
+    """
     return DDIMScheduler(
         beta_schedule="scaled_linear",
         beta_start=0.00085,
@@ -84,7 +88,7 @@ def build_scheduler() -> DDIMScheduler:
         clip_sample=False,
         set_alpha_to_one=False,
         steps_offset=1,
-        timestep_spacing="leading",
+        timestep_spacing="trailing",
     )
 
 
