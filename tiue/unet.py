@@ -149,10 +149,10 @@ class TiUEUNet(UNet2DConditionModel):
             sample: [B, C, H, W], scaled as the scheduler wants it.
             timestep: the encoder's timestep, a scalar.
             encoder_hidden_states: [B, L, D], the prompt embeddings.
-            class_labels: as in diffusers' `UNet2DConditionModel.forward`, and so the rest.
-            timestep_cond: ...
-            attention_mask: [B, keys], 1 = keep.
-            cross_attention_kwargs: ...
+            class_labels: [B] or [B, D], for UNets with a class embedding.
+            timestep_cond: [B, D], added to the time embedding's input (guidance embedding).
+            attention_mask: [B, keys] of self-attention, 1 = keep.
+            cross_attention_kwargs: for the attention processors; "scale" weighs a LoRA.
             added_cond_kwargs: SDXL's `text_embeds` and `time_ids`, IP-Adapter's `image_embeds`.
             down_block_additional_residuals: ControlNet's, added to the skips once, for all k.
             mid_block_additional_residual: ControlNet's, added after the mid block.

@@ -90,7 +90,7 @@ class StudentConfig:
     """The distillation of the teacher by `tiue.distill`."""
 
     num_decoder_steps: int = 4
-    steps: int = 600
+    steps: int = 450
     batch_size: int = 16  # of each process
     learning_rate: float = 3e-4
     guidance_scale: float = 2.0
