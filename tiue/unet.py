@@ -171,7 +171,8 @@ class TiUEUNet(UNet2DConditionModel):
             cross_attention_kwargs = {**cross_attention_kwargs, "gligen": {"objs": objs}}
         controlnet = None
         if mid_block_additional_residual is not None:
-            controlnet = (down_block_additional_residuals or (), mid_block_additional_residual)
+            if down_block_additional_residuals is not None:  # diffusers wants both
+                controlnet = (down_block_additional_residuals, mid_block_additional_residual)
         elif down_intrablock_additional_residuals is None:
             # diffusers takes a lone `down_block_additional_residuals` for a T2I-Adapter's.
             down_intrablock_additional_residuals = down_block_additional_residuals
