@@ -43,7 +43,7 @@ def test_names_are_lower_case_ascii():
 
 def test_flags_are_drawn_less_often():
     weights = sampling_weights(["1F34E", "1F1EE-1F1F8"])
-    assert weights.tolist() == [1.0, 0.3]
+    assert weights.tolist() == [1.0, 0.2]
 
 
 def test_drawing_follows_the_weights(pictures):
