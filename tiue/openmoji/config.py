@@ -95,7 +95,7 @@ class StudentConfig:
     learning_rate: float = 3e-4
     guidance_scale: float = 2.0
     lora_guidance_scale: float = 1.0
-    # Below, the teacher keeps whatever shape it is shown; what the prompt asks for is decided above.
+    # Below, the teacher keeps whatever shape it is shown; the prompt decides above.
     min_timestep: int = 200
     ema_decay: float = 0.99
     seed: int = 0
