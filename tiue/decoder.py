@@ -141,39 +141,48 @@ def _decode_resnet(
         rows = repeat_rows(hidden, timesteps) if shared else hidden
         return resnet(torch.cat([rows, repeat_rows(skip, timesteps)], dim=1), time_embedding)
 
-    norm1, conv1, norm2, shortcut = resnet.norm1, resnet.conv1, resnet.norm2, resnet.conv_shortcut
+    norm1, conv1, shortcut = resnet.norm1, resnet.conv1, resnet.conv_shortcut
     residual: tuple[torch.Tensor | None, torch.Tensor]
+    conv_hidden: torch.Tensor | None = None
     if shared:  # saving 1: the rows part only where the time embedding is added
         joined = torch.cat([hidden, skip], dim=1)
-        conv_hidden, conv_shared = None, _conv2d(conv1, resnet.nonlinearity(norm1(joined)))
+        conv_shared = functional.group_norm_silu_conv2d(
+            joined, *_norm(norm1), conv1.weight, conv1.bias, norm1.eps, conv1.padding
+        )
         residual = (None, _conv2d(shortcut, joined))
     else:  # saving 2: the skip's half of every convolution once
-        parts = functional.shared_skip_group_norm_silu(
-            hidden, skip, norm1.num_groups, norm1.weight, norm1.bias, norm1.eps
-        )
-        conv_hidden, conv_shared = functional.split_conv2d(
-            *parts, conv1.weight, conv1.bias, padding=conv1.padding
+        conv_hidden, conv_shared = functional.shared_skip_group_norm_silu_conv2d(
+            hidden, skip, *_norm(norm1), conv1.weight, conv1.bias, norm1.eps, conv1.padding
         )
         residual = functional.split_conv2d(hidden, skip, shortcut.weight, shortcut.bias)
 
     if not resnet.skip_time_act:
         time_embedding = resnet.nonlinearity(time_embedding)
-    out = functional.broadcast_add_group_norm_silu(
-        conv_hidden,
-        conv_shared,
-        resnet.time_emb_proj(time_embedding),
-        norm2.num_groups,
-        norm2.weight,
-        norm2.bias,
-        norm2.eps,
-        scale_shift=resnet.time_embedding_norm == "scale_shift",
-    )
-    out = _conv2d(resnet.conv2, resnet.dropout(out))
+    out = _norm_conv2(resnet, conv_hidden, conv_shared, resnet.time_emb_proj(time_embedding))
     residual_hidden, residual_shared = residual
     if residual_hidden is not None:
         out = out + residual_hidden
     out = (out.unflatten(0, (timesteps, skip.shape[0])) + residual_shared).flatten(0, 1)
     return out if resnet.output_scale_factor == 1.0 else out / resnet.output_scale_factor
+
+
+def _norm_conv2(
+    resnet: Any, hidden: torch.Tensor | None, shared: torch.Tensor, time_embedding: torch.Tensor
+) -> torch.Tensor:
+    """The second half of a resnet: sum, norm, SiLU, dropout, convolution."""
+    norm, conv = resnet.norm2, resnet.conv2
+    scale_shift = resnet.time_embedding_norm == "scale_shift"
+    inputs = (hidden, shared, time_embedding, *_norm(norm))
+    if _is_plain_conv(conv) and _is_idle(resnet.dropout):
+        return functional.broadcast_add_group_norm_silu_conv2d(
+            *inputs, conv.weight, conv.bias, norm.eps, scale_shift, conv.padding
+        )
+    out = functional.broadcast_add_group_norm_silu(*inputs, norm.eps, scale_shift)
+    return _conv2d(conv, resnet.dropout(out))
+
+
+def _norm(norm: Any) -> tuple[int, torch.Tensor, torch.Tensor]:
+    return norm.num_groups, norm.weight, norm.bias
 
 
 def _upsample(
@@ -299,8 +308,14 @@ def _feed_forward(feed_forward: Any, tokens: torch.Tensor) -> torch.Tensor:
     """[..., C] -> [..., C]."""
     if not (is_plain(feed_forward, FeedForward) and is_plain(feed_forward.net[0], GEGLU)):
         return feed_forward(tokens)
-    gate, *rest = feed_forward.net
-    tokens = functional.geglu(gate.proj(tokens))
+    gate, dropout, *rest = feed_forward.net
+    if is_plain(gate.proj, nn.Linear) and is_plain(rest[0], nn.Linear) and _is_idle(dropout):
+        linear, *rest = rest
+        tokens = functional.geglu_feed_forward(
+            tokens, gate.proj.weight, gate.proj.bias, linear.weight, linear.bias
+        )
+    else:
+        tokens = dropout(functional.geglu(gate.proj(tokens)))
     for layer in rest:
         tokens = layer(tokens)
     return tokens
@@ -325,6 +340,10 @@ def is_plain(module: nn.Module | None, *classes: type[nn.Module]) -> bool:
             )
         )
     )
+
+
+def _is_idle(dropout: Any) -> bool:
+    return is_plain(dropout, nn.Dropout) and (dropout.p == 0 or not dropout.training)
 
 
 def _is_plain_conv(conv: Any) -> bool:

@@ -47,6 +47,44 @@ def conv2d(
     return F.conv2d(x, part, bias, padding=padding)
 
 
+def conv2d_backward(
+    grad_out: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    padding: int | tuple[int, ...],
+    start: int = 0,
+    output_mask: tuple[bool, bool, bool] = (True, True, True),
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The gradients of `conv2d(x, weight, bias, padding, start)`.
+
+    Args:
+        grad_out: [rows, C_out, H', W'].
+        x: [rows, C, H, W].
+        weight: [C_out, C_in, kernel height, kernel width], C_in >= start + C.
+        padding: zeros added on each side.
+        start: the input channel of the weight that the first channel of x meets.
+        output_mask: which of the three are wanted.
+
+    Returns:
+        Gradients of x, of weight[:, start : start + C] and of the bias; one that is not wanted
+        has shape (0,).
+    """
+    rows, channels, height, width = x.shape
+    part = weight[:, start : start + channels]
+    if (
+        0 < rows * height * width <= MOST_PIXELS
+        and x.device.type == "cpu"
+        and _is_matrix(x, weight)
+    ):
+        return _matrix_product_backward(grad_out, x, part, padding, output_mask)
+    padding = (padding, padding) if isinstance(padding, int) else padding
+    grads = torch.ops.aten.convolution_backward(
+        *(grad_out, x, part, [weight.shape[0]], [1, 1], list(padding), [1, 1]),
+        *(False, [0, 0], 1, list(output_mask)),
+    )
+    return tuple(x.new_empty(0) if grad is None else grad for grad in grads)
+
+
 def _is_matrix(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether a slice of the weight is a matrix where it lies, and a product keeps precision."""
     return (
@@ -73,6 +111,30 @@ def _as_matrix_product(
     matrix = weight.flatten(1)
     out = matrix @ windows if bias is None else torch.addmm(bias[:, None], matrix, windows)
     return out.view(-1, rows, height, width).transpose(0, 1).contiguous()
+
+
+def _matrix_product_backward(
+    grad_out: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    padding: int | tuple[int, ...],
+    output_mask: tuple[bool, bool, bool],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The backward pass of `_as_matrix_product`, over the same windows."""
+    pads = (padding, padding) if isinstance(padding, int) else tuple(padding)
+    kernel = tuple(weight.shape[2:])
+    columns = grad_out.transpose(0, 1).flatten(1)  # (C_out, rows*pixels)
+    grad_x = grad_weight = grad_bias = x.new_empty(0)
+    if output_mask[0]:
+        windows = weight.flatten(1).t() @ columns  # (C*k*k, rows*pixels)
+        windows = windows.unflatten(1, (x.shape[0], -1)).transpose(0, 1)
+        grad_x = F.fold(windows, tuple(x.shape[2:]), kernel, padding=pads)
+    if output_mask[1]:
+        windows = F.unfold(x, kernel, padding=pads).transpose(0, 1).flatten(1)
+        grad_weight = (columns @ windows.t()).view(weight.shape)
+    if output_mask[2]:
+        grad_bias = columns.sum(1)
+    return grad_x, grad_weight, grad_bias
 
 
 def _in_reused_memory(part: torch.Tensor, is_contiguous: bool) -> torch.Tensor:

@@ -1,22 +1,20 @@
-"""The public operators: shapes checked, defaults filled in, handed to the implementation.
+"""The public operators: shapes and dtypes checked, defaults filled in, handed to the operator.
 
 K is the number of decoder timesteps, B the batch. K*B rows are timestep-major (row k * B + b);
-a tensor with B rows is shared by all timesteps. Every function is differentiable in every
+a tensor with B rows is shared by all timesteps. Every function is differentiable, once, in every
 floating-point tensor, for float64, float32, float16 and bfloat16, contiguous and channels_last;
-statistics and sums over timesteps are accumulated in float32 (float64 for float64 input).
+statistics and sums over timesteps are accumulated in float32 (float64 for float64 input). Data
+tensors of a call share one dtype; scale and shift of a norm, time embedding and coefficients may
+be of another. Under autocast data are brought to one dtype, as torch's own operators do.
+
+Every function raises ValueError for shapes and devices that do not fit together, TypeError for
+dtypes, and BackendError where a forced backend cannot serve the call.
 """
 
 import torch
 
-from tiue_kernels import convolution
-from tiue_kernels.reference.broadcast_add_group_norm_silu import broadcast_add_group_norm_silu_fwd
-from tiue_kernels.reference.cross_timestep_attention import cross_timestep_attention_fwd
-from tiue_kernels.reference.geglu import geglu_fwd
-from tiue_kernels.reference.noise_kl import noise_kl_fwd
-from tiue_kernels.reference.one_pass_combine import one_pass_combine_fwd
-from tiue_kernels.reference.shared_skip_group_norm_silu import shared_skip_group_norm_silu_fwd
-from tiue_kernels.reference.timestep_sum_group_norm_silu import timestep_sum_group_norm_silu_fwd
-from tiue_kernels.reference.upsample_conv2d import upsample_conv2d_fwd
+from tiue_kernels import convolution, ops
+from tiue_kernels.checks import Checks
 
 
 def shared_skip_group_norm_silu(
@@ -48,14 +46,149 @@ def shared_skip_group_norm_silu(
     Raises:
         ValueError: the shapes do not fit together.
     """
-    _check_rows("hidden", hidden, "skip", skip)
-    if hidden.shape[2:] != skip.shape[2:]:
-        raise ValueError(
-            f"hidden and skip need the same height and width, got {tuple(hidden.shape[2:])} and "
-            f"{tuple(skip.shape[2:])}"
-        )
-    _check_norm(hidden.shape[1] + skip.shape[1], num_groups, weight, bias)
-    return shared_skip_group_norm_silu_fwd(hidden, skip, num_groups, weight, bias, eps)
+    checks = Checks("shared_skip_group_norm_silu")
+    hidden, skip = _check_shared_skip(checks, hidden, skip, num_groups, weight, bias)
+    return ops.shared_skip_group_norm_silu.forward(hidden, skip, num_groups, weight, bias, eps)[:2]
+
+
+def shared_skip_group_norm_silu_conv2d(
+    hidden: torch.Tensor,
+    skip: torch.Tensor,
+    num_groups: int,
+    norm_weight: torch.Tensor,
+    norm_bias: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    eps: float = 1e-5,
+    padding: int | tuple[int, int] = 0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """conv2d(SiLU(GroupNorm(concat(hidden, skip)))) in two summands, the skip's computed once.
+
+    Keeps for backward its inputs and the statistics of the norm; SiLU(GroupNorm) is computed
+    again there.
+
+    Args:
+        hidden: [K*B, C_h, H, W].
+        skip: [B, C_s, H, W].
+        num_groups: groups of the norm over C = C_h + C_s channels.
+        norm_weight: [C] scale of the norm.
+        norm_bias: [C] shift of the norm.
+        weight: [C_out, C, kernel height, kernel width], stride 1.
+        bias: [C_out]; it goes into the shared summand.
+        eps: added to the variance.
+        padding: zeros added on each side.
+
+    Returns:
+        [K*B, C_out, H', W'] and [B, C_out, H', W'], to be added row by row.
+
+    Raises:
+        ValueError: the shapes do not fit together.
+    """
+    checks = Checks("shared_skip_group_norm_silu_conv2d")
+    hidden, skip = _check_shared_skip(checks, hidden, skip, num_groups, norm_weight, norm_bias)
+    checks.convolution(hidden.shape[1] + skip.shape[1], weight)
+    hidden, skip, weight, bias = checks.one_dtype(
+        lower=True, hidden=hidden, skip=skip, weight=weight, bias=bias
+    )
+    rows, shared, *_ = ops.shared_skip_group_norm_silu_conv2d.forward(
+        hidden, skip, num_groups, norm_weight, norm_bias, eps, weight, bias, _pair(padding)
+    )
+    if not shared.numel():  # no group lies wholly in the skip: the rows hold everything
+        shared = rows.new_zeros(1).expand(skip.shape[0], *rows.shape[1:])
+    return rows, shared
+
+
+def broadcast_add_group_norm_silu_conv2d(
+    hidden: torch.Tensor | None,
+    shared: torch.Tensor,
+    time_embedding: torch.Tensor,
+    num_groups: int,
+    norm_weight: torch.Tensor,
+    norm_bias: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    eps: float = 1e-5,
+    scale_shift: bool = False,
+    padding: int | tuple[int, int] = 0,
+) -> torch.Tensor:
+    """conv2d of `broadcast_add_group_norm_silu`, whose result is not kept for backward.
+
+    Args:
+        hidden: [K*B, C, H, W], or None when no row differs yet.
+        shared: [B, C, H, W].
+        time_embedding: [K*B, C], or [K*B, 2 C] with `scale_shift`.
+        num_groups: groups of the norm over C channels.
+        norm_weight: [C] scale of the norm.
+        norm_bias: [C] shift of the norm.
+        weight: [C_out, C, kernel height, kernel width], stride 1.
+        bias: [C_out].
+        eps: added to the variance.
+        scale_shift: diffusers' `resnet_time_scale_shift="scale_shift"`.
+        padding: zeros added on each side.
+
+    Returns:
+        [K*B, C_out, H', W'].
+
+    Raises:
+        ValueError: the shapes do not fit together.
+    """
+    checks = Checks("broadcast_add_group_norm_silu_conv2d")
+    norm = (num_groups, norm_weight, norm_bias)
+    _check_broadcast_add(checks, hidden, shared, time_embedding, *norm, scale_shift)
+    checks.convolution(shared.shape[1], weight)
+    hidden, shared, weight, bias = checks.one_dtype(
+        lower=True, hidden=hidden, shared=shared, weight=weight, bias=bias
+    )
+    return ops.broadcast_add_group_norm_silu_conv2d.forward(
+        hidden,
+        shared,
+        time_embedding,
+        *norm,
+        eps,
+        scale_shift,
+        weight,
+        bias,
+        _pair(padding),
+    )[0]
+
+
+def group_norm_silu_conv2d(
+    x: torch.Tensor,
+    num_groups: int,
+    norm_weight: torch.Tensor,
+    norm_bias: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    eps: float = 1e-5,
+    padding: int | tuple[int, int] = 0,
+) -> torch.Tensor:
+    """conv2d(SiLU(GroupNorm(x))), of which backward keeps x and the statistics alone.
+
+    Args:
+        x: [rows, C, H, W].
+        num_groups: groups of the norm.
+        norm_weight: [C] scale of the norm.
+        norm_bias: [C] shift of the norm.
+        weight: [C_out, C, kernel height, kernel width], stride 1.
+        bias: [C_out].
+        eps: added to the variance.
+        padding: zeros added on each side.
+
+    Returns:
+        [rows, C_out, H', W'].
+
+    Raises:
+        ValueError: the shapes do not fit together.
+    """
+    checks = Checks("group_norm_silu_conv2d")
+    checks.maps(x=x)
+    checks.norm(x.shape[1], num_groups, norm_weight, norm_bias)
+    checks.convolution(x.shape[1], weight)
+    checks.tensors(x=x, norm_weight=norm_weight, norm_bias=norm_bias)
+    x, weight, bias = checks.one_dtype(lower=True, x=x, weight=weight, bias=bias)
+    return ops.shared_skip_group_norm_silu_conv2d.forward(
+        x, x[:, :0], num_groups, norm_weight, norm_bias, eps, weight, bias, _pair(padding)
+    )[0]
 
 
 def conv2d(
@@ -78,11 +211,9 @@ def conv2d(
     Raises:
         ValueError: the weight does not take the channels of x.
     """
-    if weight.ndim != 4 or x.ndim != 4 or weight.shape[1] != x.shape[1]:
-        raise ValueError(
-            f"weight must be [C_out, {x.shape[1]}, height, width] for x of {tuple(x.shape)}, got "
-            f"{tuple(weight.shape)}"
-        )
+    checks = Checks("conv2d")
+    checks.maps(x=x)
+    checks.convolution(x.shape[1], weight)
     return convolution.conv2d(x, weight, bias, padding)
 
 
@@ -112,13 +243,11 @@ def split_conv2d(
     Raises:
         ValueError: the shapes do not fit together.
     """
-    _check_rows("hidden", hidden, "skip", skip)
+    checks = Checks("split_conv2d")
+    checks.maps(hidden=hidden, skip=skip)
+    checks.rows("hidden", hidden, "skip", skip)
     border = hidden.shape[1]
-    if weight.shape[1] != border + skip.shape[1]:
-        raise ValueError(
-            f"weight takes {weight.shape[1]} channels, hidden and skip have "
-            f"{border} + {skip.shape[1]}"
-        )
+    checks.convolution(border + skip.shape[1], weight)
     out = convolution.conv2d(hidden, weight, None, padding)
     if skip.shape[1]:
         return out, convolution.conv2d(skip, weight, bias, padding, start=border)
@@ -159,22 +288,13 @@ def broadcast_add_group_norm_silu(
     Raises:
         ValueError: the shapes do not fit together.
     """
-    channels = shared.shape[1]
-    wanted = channels * (2 if scale_shift else 1)
-    if time_embedding.ndim != 2 or time_embedding.shape[1] != wanted:
-        raise ValueError(
-            f"time_embedding must be [K*B, {wanted}], got {tuple(time_embedding.shape)}"
-        )
-    _check_rows("time_embedding", time_embedding, "shared", shared)
-    if hidden is not None and hidden.shape != (time_embedding.shape[0], *shared.shape[1:]):
-        raise ValueError(
-            f"hidden must be {(time_embedding.shape[0], *shared.shape[1:])} beside shared "
-            f"{tuple(shared.shape)}, got {tuple(hidden.shape)}"
-        )
-    _check_norm(channels, num_groups, weight, bias)
-    return broadcast_add_group_norm_silu_fwd(
-        hidden, shared, time_embedding, num_groups, weight, bias, eps, scale_shift
+    checks = Checks("broadcast_add_group_norm_silu")
+    hidden, shared = _check_broadcast_add(
+        checks, hidden, shared, time_embedding, num_groups, weight, bias, scale_shift
     )
+    return ops.broadcast_add_group_norm_silu.forward(
+        hidden, shared, time_embedding, num_groups, weight, bias, eps, scale_shift
+    )[0]
 
 
 def cross_timestep_attention(
@@ -204,24 +324,35 @@ def cross_timestep_attention(
     Raises:
         ValueError: the shapes do not fit together.
     """
-    _check_rows("query", query, "key", key)
-    if key.shape != value.shape:
-        raise ValueError(
-            f"key and value must have one shape, got {tuple(key.shape)} and {tuple(value.shape)}"
+    checks = Checks("cross_timestep_attention")
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        checks.require(
+            tensor.ndim == 3, f"{name} must be [rows, tokens, channels], got {tuple(tensor.shape)}"
         )
-    if query.shape[2] != key.shape[2] or query.shape[2] % num_heads:
-        raise ValueError(
-            f"query and key need the same channels, a multiple of {num_heads} heads, got "
-            f"{query.shape[2]} and {key.shape[2]}"
-        )
-    if attention_bias is not None and attention_bias.shape != (key.shape[0], 1, key.shape[1]):
-        raise ValueError(
-            f"attention_bias must be {(key.shape[0], 1, key.shape[1])}, got "
-            f"{tuple(attention_bias.shape)}"
+    checks.rows("query", query, "key", key)
+    checks.require(
+        key.shape == value.shape,
+        f"key and value must have one shape, got {tuple(key.shape)} and {tuple(value.shape)}",
+    )
+    checks.require(
+        num_heads > 0 and query.shape[2] == key.shape[2] and query.shape[2] % num_heads == 0,
+        f"query and key need the same channels, a multiple of {num_heads} heads, got "
+        f"{query.shape[2]} and {key.shape[2]}",
+    )
+    checks.require(key.shape[1] > 0, "key must have a token at least")
+    if attention_bias is not None:
+        wanted = (key.shape[0], 1, key.shape[1])
+        checks.require(
+            attention_bias.shape == wanted,
+            f"attention_bias must be {wanted}, got {tuple(attention_bias.shape)}",
         )
     if scale is None:
         scale = (query.shape[2] // num_heads) ** -0.5
-    return cross_timestep_attention_fwd(query, key, value, num_heads, scale, attention_bias)
+    query, key, value = checks.one_dtype(lower=True, query=query, key=key, value=value)
+    checks.tensors(query=query, attention_bias=attention_bias)
+    return ops.cross_timestep_attention.forward(
+        query, key, value, num_heads, scale, attention_bias
+    )[0]
 
 
 def geglu(x: torch.Tensor) -> torch.Tensor:
@@ -236,9 +367,61 @@ def geglu(x: torch.Tensor) -> torch.Tensor:
     Raises:
         ValueError: the last axis is odd.
     """
-    if x.shape[-1] % 2:
-        raise ValueError(f"geglu halves the last axis, which is odd: {x.shape[-1]}")
-    return geglu_fwd(x)
+    checks = Checks("geglu")
+    checks.require(
+        x.ndim > 0 and x.shape[-1] % 2 == 0, "the last axis of x must be even: it is halved"
+    )
+    checks.tensors(x=x)
+    return ops.geglu.forward(x)
+
+
+def geglu_feed_forward(
+    x: torch.Tensor,
+    projection_weight: torch.Tensor,
+    projection_bias: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    recompute_projection: bool = False,
+) -> torch.Tensor:
+    """linear(geglu(linear(x))): the feed-forward of a transformer block, frugal in backward.
+
+    Keeps x and the projection [..., 2 D] for backward and computes geglu again; with
+    `recompute_projection` keeps x alone and runs the first product again too (a third more work
+    for a quarter of the bytes or less).
+
+    Args:
+        x: [..., C].
+        projection_weight: [2 D, C].
+        projection_bias: [2 D].
+        weight: [C_out, D].
+        bias: [C_out].
+        recompute_projection: whether backward computes the projection again.
+
+    Returns:
+        [..., C_out].
+
+    Raises:
+        ValueError: the shapes do not fit together.
+    """
+    checks = Checks("geglu_feed_forward")
+    checks.require(
+        projection_weight.ndim == 2 and projection_weight.shape[1] == x.shape[-1],
+        f"projection_weight must be [2 D, {x.shape[-1]}], got {tuple(projection_weight.shape)}",
+    )
+    checks.require(
+        weight.ndim == 2 and 2 * weight.shape[1] == projection_weight.shape[0],
+        f"weight must be [C_out, {projection_weight.shape[0] / 2:g}], half the rows of "
+        f"projection_weight, got {tuple(weight.shape)}",
+    )
+    tensors = checks.one_dtype(
+        lower=True,
+        x=x,
+        projection_weight=projection_weight,
+        projection_bias=projection_bias,
+        weight=weight,
+        bias=bias,
+    )
+    return ops.geglu_feed_forward.forward(*tensors, recompute_projection)[0]
 
 
 def upsample_conv2d(
@@ -260,12 +443,14 @@ def upsample_conv2d(
     Raises:
         ValueError: the weight is no 3 x 3 kernel for the channels of x.
     """
-    if x.ndim != 4 or weight.shape[1:] != (x.shape[1], 3, 3):
-        raise ValueError(
-            f"weight must be [C_out, {x.shape[1]}, 3, 3] for x of {tuple(x.shape)}, got "
-            f"{tuple(weight.shape)}"
-        )
-    return upsample_conv2d_fwd(x, weight, bias)
+    checks = Checks("upsample_conv2d")
+    checks.maps(x=x)
+    checks.require(
+        weight.shape[1:] == (x.shape[1], 3, 3),
+        f"weight must be [C_out, {x.shape[1]}, 3, 3], got {tuple(weight.shape)}",
+    )
+    x, weight, bias = checks.one_dtype(lower=True, x=x, weight=weight, bias=bias)
+    return ops.upsample_conv2d.forward(x, weight, bias)
 
 
 def timestep_sum_group_norm_silu(
@@ -295,14 +480,20 @@ def timestep_sum_group_norm_silu(
     Raises:
         ValueError: the shapes do not fit together.
     """
-    if coefficients.ndim != 1 or not len(coefficients) or hidden.shape[0] % len(coefficients):
-        raise ValueError(
-            f"coefficients must be [K] with K a divisor of the {hidden.shape[0]} rows, got "
-            f"{tuple(coefficients.shape)}"
-        )
-    _check_norm(hidden.shape[1], num_groups, weight, bias)
+    checks = Checks("timestep_sum_group_norm_silu")
+    checks.maps(hidden=hidden)
+    timesteps = coefficients.shape[0] if coefficients.ndim == 1 else 0
+    checks.require(
+        timesteps > 0 and hidden.shape[0] % max(timesteps, 1) == 0,
+        f"coefficients must be [K] with K a divisor of the {hidden.shape[0]} rows, got "
+        f"{tuple(coefficients.shape)}",
+    )
+    checks.norm(hidden.shape[1], num_groups, weight, bias)
+    checks.tensors(hidden=hidden, weight=weight, bias=bias)
     coefficients = coefficients.to(hidden.device)
-    return timestep_sum_group_norm_silu_fwd(hidden, coefficients, num_groups, weight, bias, eps)
+    return ops.timestep_sum_group_norm_silu.forward(
+        hidden, coefficients, num_groups, weight, bias, eps
+    )[0]
 
 
 def one_pass_combine(
@@ -325,13 +516,16 @@ def one_pass_combine(
     Raises:
         ValueError: the shapes do not fit together.
     """
-    if noise_pred.shape != (*noise_coefficients.shape, *latents.shape):
-        raise ValueError(
-            f"noise_pred must be {(*noise_coefficients.shape, *latents.shape)} (K, then the "
-            f"shape of latents), got {tuple(noise_pred.shape)}"
-        )
+    checks = Checks("one_pass_combine")
+    wanted = (*noise_coefficients.shape, *latents.shape)
+    checks.require(
+        noise_coefficients.ndim == 1 and noise_pred.shape == wanted,
+        f"noise_pred must be {wanted} (K, then the shape of latents), got "
+        f"{tuple(noise_pred.shape)}",
+    )
+    checks.tensors(latents=latents, noise_pred=noise_pred)
     noise_coefficients = noise_coefficients.to(latents.device)
-    return one_pass_combine_fwd(latents, noise_pred, latent_coefficient, noise_coefficients)
+    return ops.one_pass_combine.forward(latents, noise_pred, latent_coefficient, noise_coefficients)
 
 
 def noise_kl(noise_pred: torch.Tensor) -> torch.Tensor:
@@ -348,29 +542,67 @@ def noise_kl(noise_pred: torch.Tensor) -> torch.Tensor:
     Raises:
         ValueError: fewer than three axes, or maps of one value (their variance is undefined).
     """
-    if noise_pred.ndim < 3 or noise_pred.shape[-3:].numel() < 2:
-        raise ValueError(
-            f"noise_pred must be [..., C, H, W] with two values a map or more, got "
-            f"{tuple(noise_pred.shape)}"
+    checks = Checks("noise_kl")
+    checks.require(
+        noise_pred.ndim >= 3 and noise_pred.shape[-3:].numel() >= 2,
+        f"noise_pred must be [..., C, H, W] with two values a map or more, got "
+        f"{tuple(noise_pred.shape)}",
+    )
+    checks.tensors(noise_pred=noise_pred)
+    return ops.noise_kl.forward(noise_pred)[0]
+
+
+def _check_shared_skip(
+    checks: Checks,
+    hidden: torch.Tensor,
+    skip: torch.Tensor,
+    num_groups: int,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+) -> list[torch.Tensor]:
+    """hidden and skip in one dtype."""
+    checks.maps(hidden=hidden, skip=skip)
+    checks.rows("hidden", hidden, "skip", skip)
+    checks.require(
+        hidden.shape[2:] == skip.shape[2:],
+        f"hidden and skip need the same height and width, got {tuple(hidden.shape[2:])} and "
+        f"{tuple(skip.shape[2:])}",
+    )
+    checks.norm(hidden.shape[1] + skip.shape[1], num_groups, weight, bias)
+    checks.tensors(hidden=hidden, weight=weight, bias=bias)
+    return checks.one_dtype(hidden=hidden, skip=skip)
+
+
+def _check_broadcast_add(
+    checks: Checks,
+    hidden: torch.Tensor | None,
+    shared: torch.Tensor,
+    time_embedding: torch.Tensor,
+    num_groups: int,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    scale_shift: bool,
+) -> list[torch.Tensor]:
+    """hidden (or None) and shared in one dtype."""
+    checks.maps(shared=shared)
+    channels = shared.shape[1]
+    wanted = channels * (2 if scale_shift else 1)
+    checks.require(
+        time_embedding.ndim == 2 and time_embedding.shape[1] == wanted,
+        f"time_embedding must be [K*B, {wanted}], got {tuple(time_embedding.shape)}",
+    )
+    checks.rows("time_embedding", time_embedding, "shared", shared)
+    shape = (time_embedding.shape[0], *shared.shape[1:])
+    if hidden is not None:
+        checks.require(
+            hidden.shape == shape,
+            f"hidden must be {shape} beside shared {tuple(shared.shape)}, got "
+            f"{tuple(hidden.shape)}",
         )
-    return noise_kl_fwd(noise_pred)
+    checks.norm(channels, num_groups, weight, bias)
+    checks.tensors(shared=shared, time_embedding=time_embedding, weight=weight, bias=bias)
+    return checks.one_dtype(hidden=hidden, shared=shared)
 
 
-def _check_rows(name: str, rows: torch.Tensor, shared_name: str, shared: torch.Tensor) -> None:
-    """Refuse rows that are no whole number of timesteps over the shared rows."""
-    batch = shared.shape[0]
-    if rows.shape[0] % batch if batch else rows.shape[0]:
-        raise ValueError(
-            f"{name} has {rows.shape[0]} rows, which is no multiple of the {batch} rows of "
-            f"{shared_name}: it must have K*B rows, timestep-major"
-        )
-
-
-def _check_norm(channels: int, num_groups: int, weight: torch.Tensor, bias: torch.Tensor) -> None:
-    if channels % num_groups:
-        raise ValueError(f"{channels} channels do not divide into {num_groups} groups")
-    if weight.shape != (channels,) or bias.shape != (channels,):
-        raise ValueError(
-            f"weight and bias of the norm must be ({channels},), got {tuple(weight.shape)} and "
-            f"{tuple(bias.shape)}"
-        )
+def _pair(padding: int | tuple[int, ...]) -> list[int]:
+    return [padding, padding] if isinstance(padding, int) else list(padding)

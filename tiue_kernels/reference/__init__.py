@@ -1,1 +1,1 @@
-"""What each operator means, in plain PyTorch: one file an operator, differentiable by autograd."""
+"""What each operator means, in plain PyTorch: one file an operator, forward and backward."""

@@ -3,8 +3,20 @@
 import torch
 
 
-def noise_kl_fwd(noise_pred: torch.Tensor) -> torch.Tensor:
+def noise_kl_fwd(noise_pred: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     maps = noise_pred.flatten(-3)
     maps = maps.to(torch.promote_types(maps.dtype, torch.float32))
     variance, mean = torch.var_mean(maps, dim=-1, correction=1)
-    return 0.5 * (mean.square() + variance - 1 - variance.log())
+    kl = 0.5 * (mean.square() + variance - 1 - variance.log())
+    return kl, torch.stack([mean, variance])
+
+
+def noise_kl_bwd(
+    grad_kl: torch.Tensor, noise_pred: torch.Tensor, moments: torch.Tensor
+) -> torch.Tensor:
+    mean, variance = moments[..., None, None, None]
+    maps = noise_pred.to(moments.dtype)
+    count = noise_pred.shape[-3:].numel()
+    # d mean / d x = 1 / n and d var / d x = 2 (x - mean) / (n - 1).
+    slope = mean / count + (maps - mean) * (1 - 1 / variance) / (count - 1)
+    return (grad_kl[..., None, None, None] * slope).to(noise_pred.dtype).contiguous()

@@ -1,0 +1,270 @@
+"""Which implementation of an operator runs: CUDA C++, Triton or reference, by one table.
+
+Tensors on a CPU take the reference. Tensors on a GPU take the first backend of `PREFERENCE` that
+the table, the installation and the device allow. `use_backend` or the environment variable
+TIUE_BACKEND forces one, and a call that it cannot serve raises with every reason.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+HALF_AND_SINGLE = frozenset({torch.float16, torch.bfloat16, torch.float32})
+ANY_FLOAT = HALF_AND_SINGLE | {torch.float64}
+LAYOUTS = frozenset({"contiguous", "channels_last"})
+PREFERENCE = ("cuda", "triton", "reference")
+VARIABLE = "TIUE_BACKEND"
+
+
+class BackendError(RuntimeError):
+    """A forced backend cannot serve a call; the message lists every reason."""
+
+
+@dataclass(frozen=True)
+class Capability:
+    """What one backend's implementation of one operator takes.
+
+    Attributes:
+        dtypes: of the data tensors; parameters of a norm may be of another floating type.
+        layouts: memory formats that are read in place. Others are copied first.
+        compute_capability: the least that a GPU needs, (0, 0) where the backend needs no GPU.
+        limit: arguments of the call to the reason why not, or None; forward and backward
+            arguments both.
+    """
+
+    dtypes: frozenset[torch.dtype] = HALF_AND_SINGLE
+    layouts: frozenset[str] = LAYOUTS
+    compute_capability: tuple[int, int] = (8, 0)
+    limit: Callable[[tuple[Any, ...]], str | None] | None = None
+
+
+def _head_size_limit(args: tuple[Any, ...]) -> str | None:
+    query = args[1] if isinstance(args[3], torch.Tensor) else args[0]
+    num_heads = next(arg for arg in args if isinstance(arg, int))
+    size = query.shape[2] // num_heads
+    if size % 8 or size > 256:
+        return f"head size {size} is no multiple of 8 up to 256"
+    return None
+
+
+_ANYWHERE = Capability(dtypes=ANY_FLOAT, compute_capability=(0, 0))
+_KERNEL = Capability()
+_ATTENTION = Capability(limit=_head_size_limit)
+
+# operator -> backend -> what it takes; a backend that is absent has no implementation.
+TABLE: dict[str, dict[str, Capability]] = {
+    "shared_skip_group_norm_silu": {"cuda": _KERNEL, "triton": _KERNEL, "reference": _ANYWHERE},
+    "broadcast_add_group_norm_silu": {"triton": _KERNEL, "reference": _ANYWHERE},
+    "timestep_sum_group_norm_silu": {"triton": _KERNEL, "reference": _ANYWHERE},
+    "cross_timestep_attention": {
+        "cuda": _ATTENTION,
+        "triton": _ATTENTION,
+        "reference": _ANYWHERE,
+    },
+    "geglu": {"triton": _KERNEL, "reference": _ANYWHERE},
+    "one_pass_combine": {"triton": _KERNEL, "reference": _ANYWHERE},
+    "noise_kl": {"triton": _KERNEL, "reference": _ANYWHERE},
+    # cuDNN's convolutions, in the phase form of the reference.
+    "upsample_conv2d": {"reference": _ANYWHERE},
+}
+
+_forced: list[str] = []
+
+
+@contextmanager
+def use_backend(backend: str) -> Iterator[None]:
+    """Forces a backend for every operator called inside, backward passes inside included.
+
+    Holds for the whole process, since autograd runs backward in threads of its own.
+
+    Args:
+        backend: "cuda", "triton" or "reference".
+
+    Raises:
+        ValueError: there is no such backend.
+        BackendError: from an operator called inside which the backend cannot serve.
+    """
+    _forced.append(_known(backend))
+    try:
+        yield
+    finally:
+        _forced.pop()
+
+
+def forced_backend() -> str | None:
+    """The backend forced by `use_backend` or, outside of it, by TIUE_BACKEND; else None."""
+    if _forced:
+        return _forced[-1]
+    name = os.environ.get(VARIABLE)
+    return _known(name) if name else None
+
+
+def _known(backend: str) -> str:
+    if backend not in PREFERENCE:
+        raise ValueError(f"no backend {backend!r}: choose one of {', '.join(PREFERENCE)}")
+    return backend
+
+
+def call(name: str, *args: Any) -> Any:
+    """Runs `<op>_fwd` or `<op>_bwd` on the backend that serves these arguments."""
+    operator = name.rpartition("_")[0]
+    backend = select(operator, args)
+    return _launcher(backend, operator, name)(*args)
+
+
+def select(operator: str, args: tuple[Any, ...]) -> str:
+    """The backend that serves a call.
+
+    Args:
+        operator: a key of `TABLE`.
+        args: of the forward or the backward launcher; the first tensor decides.
+
+    Raises:
+        BackendError: the forced backend cannot.
+    """
+    forced = forced_backend()
+    key = _key(args)
+    for backend in _candidates(operator, key) if forced is None else (forced,):
+        reasons = _refusals(operator, backend, key)
+        limit = TABLE[operator][backend].limit if not reasons else None
+        if limit is not None and (reason := limit(args)):
+            reasons = (reason,)
+        if not reasons:
+            return backend
+        if forced is not None:
+            raise BackendError(
+                f"{operator} cannot run on the forced backend {backend}:\n"
+                + _describe(operator, args)
+            )
+        _tell_once(operator, backend, reasons)
+    raise BackendError(f"no backend runs {operator}:\n{_describe(operator, args)}")
+
+
+def explain(operator: str, *tensors: torch.Tensor) -> str:
+    """Says which backend serves an operator on these tensors, and why the others do not.
+
+    Args:
+        operator: its name, as in `tiue_kernels.functional`.
+        *tensors: as the call would be given them; the first decides.
+
+    Returns:
+        One line a backend.
+
+    Raises:
+        ValueError: there is no such operator.
+    """
+    if operator not in TABLE:
+        raise ValueError(f"no operator {operator!r}: choose one of {', '.join(TABLE)}")
+    return _describe(operator, tensors)
+
+
+def _describe(operator: str, args: tuple[Any, ...]) -> str:
+    key = _key(args)
+    forced = forced_backend()
+    order = (forced,) if forced else _candidates(operator, key)
+    lines, chosen = [], False
+    for backend in dict.fromkeys((*order, *PREFERENCE)):
+        reasons = list(_refusals(operator, backend, key))
+        if not reasons and backend not in order:
+            reasons = [f"{order[0]} is forced" if forced else "tensors on a CPU take the reference"]
+        if not reasons:
+            reasons = ["may run" if chosen else "runs"]
+            chosen = True
+        lines.append(f"  {backend}: {'; '.join(reasons)}")
+    return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class _Key:
+    device: str
+    dtype: torch.dtype
+    layout: str
+    compute_capability: tuple[int, int]
+    interpreted: bool
+
+
+def _key(args: tuple[Any, ...]) -> _Key:
+    tensor = next(arg for arg in args if isinstance(arg, torch.Tensor))
+    capability = (0, 0)
+    if tensor.is_cuda:
+        capability = torch.cuda.get_device_capability(tensor.device)
+    layout = "contiguous"
+    if (
+        tensor.ndim == 4
+        and not tensor.is_contiguous()
+        and tensor.is_contiguous(memory_format=torch.channels_last)
+    ):
+        layout = "channels_last"
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    return _Key(tensor.device.type, tensor.dtype, layout, capability, interpreted)
+
+
+def _candidates(operator: str, key: _Key) -> tuple[str, ...]:
+    """Backends in the order in which an automatic choice tries them."""
+    if key.device != "cuda":
+        return ("reference",)
+    return tuple(backend for backend in PREFERENCE if backend in TABLE[operator])
+
+
+@functools.cache
+def _refusals(operator: str, backend: str, key: _Key) -> tuple[str, ...]:
+    """Every reason why a backend does not serve calls of this key; none: it does."""
+    capability = TABLE[operator].get(backend)
+    if capability is None:
+        return ("not implemented",)
+    reasons = []
+    if key.dtype not in capability.dtypes:
+        names = sorted(str(dtype).removeprefix("torch.") for dtype in capability.dtypes)
+        reasons.append(f"{key.dtype} is not one of {', '.join(names)}")
+    if key.layout not in capability.layouts:
+        reasons.append(f"{key.layout} maps are not supported")
+    if backend != "reference":
+        reasons.extend(_missing(backend, operator, key))
+    least = capability.compute_capability
+    if key.device == "cuda" and key.compute_capability < least:
+        found = ".".join(map(str, key.compute_capability))
+        reasons.append(f"needs compute capability {least[0]}.{least[1]}, the device has {found}")
+    return tuple(reasons)
+
+
+def _missing(backend: str, operator: str, key: _Key) -> list[str]:
+    """What of the installation or the device a compiled backend misses."""
+    if backend == "triton":
+        if importlib.util.find_spec("triton") is None:
+            return ["triton is not installed: pip install triton"]
+        if key.device == "cpu" and not key.interpreted:
+            return ["on a CPU it needs TRITON_INTERPRET=1, set before Python starts"]
+        if key.device not in ("cpu", "cuda"):
+            return [f"no kernels for {key.device} tensors"]
+        return []
+    from tiue_kernels import cuda
+
+    reason = cuda.why_not(operator, key.device)
+    return [reason] if reason else []
+
+
+@functools.cache
+def _launcher(backend: str, operator: str, name: str) -> Callable[..., Any]:
+    return getattr(importlib.import_module(f"tiue_kernels.{backend}.{operator}"), name)
+
+
+@functools.cache
+def _tell_once(operator: str, backend: str, reasons: tuple[str, ...]) -> None:
+    logger.info("%s does not run on %s: %s. Said once.", operator, backend, "; ".join(reasons))
+
+
+def reset() -> None:
+    """Forgets every choice; for use after a library was loaded or the environment changed."""
+    _refusals.cache_clear()

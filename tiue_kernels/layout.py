@@ -1,0 +1,16 @@
+"""The memory formats that the operators keep: plain contiguous and channels_last."""
+
+import torch
+
+
+def memory_format(x: torch.Tensor) -> torch.memory_format:
+    """channels_last for maps that are dense in it and not also plainly contiguous."""
+    if x.ndim != 4 or x.is_contiguous():
+        return torch.contiguous_format
+    dense = x.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if dense else torch.contiguous_format
+
+
+def like(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """x dense in the memory format of rows; itself where it is already."""
+    return x.contiguous(memory_format=memory_format(rows))

@@ -1,0 +1,32 @@
+"""The operators as torch knows them: one file an operator, with its schema, fake and autograd.
+
+In every file `forward` and `backward` are `torch.ops.tiue.<op>_fwd` and `_bwd`.
+"""
+
+from tiue_kernels.ops import (
+    broadcast_add_group_norm_silu,
+    broadcast_add_group_norm_silu_conv2d,
+    cross_timestep_attention,
+    geglu,
+    geglu_feed_forward,
+    noise_kl,
+    one_pass_combine,
+    shared_skip_group_norm_silu,
+    shared_skip_group_norm_silu_conv2d,
+    timestep_sum_group_norm_silu,
+    upsample_conv2d,
+)
+
+__all__ = [
+    "broadcast_add_group_norm_silu",
+    "broadcast_add_group_norm_silu_conv2d",
+    "cross_timestep_attention",
+    "geglu",
+    "geglu_feed_forward",
+    "noise_kl",
+    "one_pass_combine",
+    "shared_skip_group_norm_silu",
+    "shared_skip_group_norm_silu_conv2d",
+    "timestep_sum_group_norm_silu",
+    "upsample_conv2d",
+]
