@@ -74,7 +74,31 @@ def predict_noise(
         The model outputs [K, B, C, h, w].
     """
     hidden, skips = encode(unet, latents, timesteps[0], prompt_embeds, added_cond_kwargs)
-    steps, batch = len(timesteps), len(latents)
+    return decode(unet, hidden, skips, timesteps, prompt_embeds, added_cond_kwargs)
+
+
+def decode(
+    unet: UNet2DConditionModel,
+    hidden: torch.Tensor,
+    skips: list[torch.Tensor],
+    timesteps: torch.Tensor,
+    prompt_embeds: torch.Tensor,
+    added_cond_kwargs: dict[str, torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """Run the decoder on K * B repeated rows.
+
+    Args:
+        unet: The UNet.
+        hidden: The middle block's output [B, C, h, w].
+        skips: The encoder's features, first to last, B rows each.
+        timesteps: The scheduler's timesteps [K].
+        prompt_embeds: Text [B, L, D].
+        added_cond_kwargs: SDXL's pooled text and sizes, B rows each.
+
+    Returns:
+        The model outputs [K, B, C, h, w].
+    """
+    steps, batch = len(timesteps), len(hidden)
 
     def repeat(rows: torch.Tensor) -> torch.Tensor:  # row k * B + b
         return rows.repeat(steps, *[1] * (rows.ndim - 1))

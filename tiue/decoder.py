@@ -37,6 +37,7 @@ class SharedContext:
         attention_mask: [B, 1, keys] bias of self-attention, or None.
         encoder_attention_mask: [B, 1, L] bias of cross-attention, or None.
         cross_attention_kwargs: what custom attention processors are given.
+        recompute_feed_forward: whether backward runs the feed-forwards' first product again.
     """
 
     timesteps: int
@@ -44,6 +45,7 @@ class SharedContext:
     attention_mask: torch.Tensor | None
     encoder_attention_mask: torch.Tensor | None
     cross_attention_kwargs: dict[str, Any] | None
+    recompute_feed_forward: bool = False
 
     @cached_property
     def repeated(self) -> dict[str, Any]:
@@ -173,7 +175,7 @@ def _norm_conv2(
     norm, conv = resnet.norm2, resnet.conv2
     scale_shift = resnet.time_embedding_norm == "scale_shift"
     inputs = (hidden, shared, time_embedding, *_norm(norm))
-    if _is_plain_conv(conv) and _is_idle(resnet.dropout):
+    if is_plain_conv(conv) and _is_idle(resnet.dropout):
         return functional.broadcast_add_group_norm_silu_conv2d(
             *inputs, conv.weight, conv.bias, norm.eps, scale_shift, conv.padding
         )
@@ -196,7 +198,7 @@ def _upsample(
         or not (upsampler.use_conv and upsampler.interpolate and upsampler.name == "conv")
         or upsampler.use_conv_transpose
         or upsampler.norm is not None
-        or not _is_plain_conv(upsampler.conv)
+        or not is_plain_conv(upsampler.conv)
         or upsampler.conv.kernel_size != (3, 3)
     ):
         return upsampler(hidden, upsample_size)
@@ -214,7 +216,7 @@ def _is_separable(resnet: Any) -> bool:
         and all(
             is_plain(norm, nn.GroupNorm) and norm.affine for norm in (resnet.norm1, resnet.norm2)
         )
-        and all(_is_plain_conv(conv) for conv in (resnet.conv1, resnet.conv_shortcut))
+        and all(is_plain_conv(conv) for conv in (resnet.conv1, resnet.conv_shortcut))
     )
 
 
@@ -229,7 +231,7 @@ def _decode_transformer(
         return transformer(hidden, **context.repeated, return_dict=False)[0]
 
     rows, _, height, width = hidden.shape
-    tokens, inner_dim = transformer._operate_on_continuous_inputs(hidden)
+    tokens, inner_dim = _tokens(transformer, hidden)
     checkpointing = torch.is_grad_enabled() and transformer.gradient_checkpointing
     run = transformer._gradient_checkpointing_func if checkpointing else _call
     for block in transformer.transformer_blocks:
@@ -237,6 +239,19 @@ def _decode_transformer(
     return transformer._get_output_for_continuous_inputs(
         tokens, hidden, rows, height, width, inner_dim
     )
+
+
+def _tokens(transformer: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """[K*B, C, H, W] -> [K*B, H*W, inner_dim] and inner_dim: norm and projection in."""
+    norm, project = transformer.norm, transformer.proj_in
+    is_matrix = is_plain(project, nn.Linear) or (
+        is_plain_conv(project) and project.kernel_size == (1, 1) and set(project.padding) == {0}
+    )
+    if not (is_matrix and is_plain(norm, nn.GroupNorm) and norm.affine):
+        return transformer._operate_on_continuous_inputs(hidden)
+    weight = project.weight.flatten(1)
+    tokens = functional.group_norm_linear(hidden, *_norm(norm), weight, project.bias, norm.eps)
+    return tokens, weight.shape[0]
 
 
 def _decode_transformer_block(
@@ -247,10 +262,9 @@ def _decode_transformer_block(
         _tell_once(block)
         return block(tokens, **context.repeated)
 
-    mask = repeat_rows(context.attention_mask, context.timesteps)
-    tokens = block.attn1(block.norm1(tokens), attention_mask=mask) + tokens
-    tokens = _cross_attention(block.attn2, block.norm2(tokens), context) + tokens
-    return _feed_forward(block.ff, block.norm3(tokens)) + tokens
+    tokens = _self_attention(block.norm1, block.attn1, tokens, context) + tokens
+    tokens = _cross_attention(block.norm2, block.attn2, tokens, context) + tokens
+    return _feed_forward(block.norm3, block.ff, tokens, context.recompute_feed_forward) + tokens
 
 
 def _is_layer_norm_block(block: Any) -> bool:
@@ -264,13 +278,31 @@ def _is_layer_norm_block(block: Any) -> bool:
     )
 
 
-def _cross_attention(attention: Any, tokens: torch.Tensor, context: SharedContext) -> torch.Tensor:
+def _self_attention(
+    norm: Any, attention: Any, tokens: torch.Tensor, context: SharedContext
+) -> torch.Tensor:
+    """[K*B, H*W, C] -> [K*B, H*W, C]; every row reads its own keys and values."""
+    if context.attention_mask is not None or not _is_plain_attention(attention):
+        mask = repeat_rows(context.attention_mask, context.timesteps)
+        return attention(norm(tokens), attention_mask=mask)
+    projections = (attention.to_q, attention.to_k, attention.to_v)
+    out = functional.cross_timestep_attention(
+        *_norm_project(norm, projections, tokens), attention.heads
+    )
+    for layer in attention.to_out:
+        out = layer(out)
+    return out
+
+
+def _cross_attention(
+    norm: Any, attention: Any, tokens: torch.Tensor, context: SharedContext
+) -> torch.Tensor:
     """[K*B, H*W, C] -> [K*B, H*W, C]; the projections are called as modules, adapters and all."""
     if not _is_plain_attention(attention):
         _tell_once(attention)
         repeated = context.repeated
         return attention(
-            tokens,
+            norm(tokens),
             encoder_hidden_states=repeated["encoder_hidden_states"],
             attention_mask=repeated["encoder_attention_mask"],
         )
@@ -278,8 +310,9 @@ def _cross_attention(attention: Any, tokens: torch.Tensor, context: SharedContex
     text = context.encoder_hidden_states
     if attention.norm_cross is not None:
         text = attention.norm_encoder_hidden_states(text)
+    (query,) = _norm_project(norm, (attention.to_q,), tokens)
     out = functional.cross_timestep_attention(  # saving 3
-        attention.to_q(tokens),
+        query,
         attention.to_k(text),
         attention.to_v(text),
         attention.heads,
@@ -288,6 +321,24 @@ def _cross_attention(attention: Any, tokens: torch.Tensor, context: SharedContex
     for layer in attention.to_out:
         out = layer(out)
     return out
+
+
+def _norm_project(
+    norm: Any, projections: tuple[Any, ...], tokens: torch.Tensor
+) -> list[torch.Tensor]:
+    """projection_i(norm(tokens)) each; through the modules where one is not plain."""
+    plain = all(is_plain(layer, nn.Linear) and layer.bias is None for layer in projections)
+    if plain and _is_affine_layer_norm(norm):
+        weights = [layer.weight for layer in projections]
+        return functional.layer_norm_linear(tokens, norm.weight, norm.bias, weights, norm.eps)
+    tokens = norm(tokens)
+    return [layer(tokens) for layer in projections]
+
+
+def _is_affine_layer_norm(norm: Any) -> bool:
+    return (
+        is_plain(norm, nn.LayerNorm) and norm.bias is not None and len(norm.normalized_shape) == 1
+    )
 
 
 def _is_plain_attention(attention: Any) -> bool:
@@ -304,18 +355,25 @@ def _is_plain_attention(attention: Any) -> bool:
     )
 
 
-def _feed_forward(feed_forward: Any, tokens: torch.Tensor) -> torch.Tensor:
+def _feed_forward(
+    norm: Any, feed_forward: Any, tokens: torch.Tensor, recompute: bool
+) -> torch.Tensor:
     """[..., C] -> [..., C]."""
     if not (is_plain(feed_forward, FeedForward) and is_plain(feed_forward.net[0], GEGLU)):
-        return feed_forward(tokens)
+        return feed_forward(norm(tokens))
     gate, dropout, *rest = feed_forward.net
-    if is_plain(gate.proj, nn.Linear) and is_plain(rest[0], nn.Linear) and _is_idle(dropout):
-        linear, *rest = rest
+    linears = (gate.proj, rest[0])
+    if _is_idle(dropout) and all(is_plain(layer, nn.Linear) for layer in linears):
+        fused = _is_affine_layer_norm(norm)
         tokens = functional.geglu_feed_forward(
-            tokens, gate.proj.weight, gate.proj.bias, linear.weight, linear.bias
+            tokens if fused else norm(tokens),
+            *(gate.proj.weight, gate.proj.bias, rest[0].weight, rest[0].bias),
+            *((norm.weight, norm.bias, norm.eps) if fused else ()),
+            recompute_projection=recompute,
         )
+        rest = rest[1:]
     else:
-        tokens = dropout(functional.geglu(gate.proj(tokens)))
+        tokens = dropout(functional.geglu(gate.proj(norm(tokens))))
     for layer in rest:
         tokens = layer(tokens)
     return tokens
@@ -346,7 +404,8 @@ def _is_idle(dropout: Any) -> bool:
     return is_plain(dropout, nn.Dropout) and (dropout.p == 0 or not dropout.training)
 
 
-def _is_plain_conv(conv: Any) -> bool:
+def is_plain_conv(conv: Any) -> bool:
+    """Whether `tiue_kernels.functional` may do a convolution: plain, zero padding, stride 1."""
     return (
         is_plain(conv, nn.Conv2d)
         and conv.padding_mode == "zeros"
@@ -358,7 +417,7 @@ def _is_plain_conv(conv: Any) -> bool:
 
 def _conv2d(conv: Any, x: torch.Tensor) -> torch.Tensor:
     """A convolution, called through its adapter where it has one."""
-    if not _is_plain_conv(conv):
+    if not is_plain_conv(conv):
         return conv(x)
     return functional.conv2d(x, conv.weight, conv.bias, conv.padding)
 

@@ -15,7 +15,7 @@ from diffusers.utils.peft_utils import apply_lora_scale
 from torch import nn
 
 from tiue.checkpoints import check_unet_config, check_unet_folder
-from tiue.decoder import Rows, SharedContext, decode_up_block, is_plain, repeat_rows
+from tiue.decoder import Rows, SharedContext, decode_up_block, is_plain, is_plain_conv, repeat_rows
 from tiue.errors import ArchitectureError, CheckpointError, InputError
 from tiue.schedule import OnePassSchedule
 from tiue_kernels import functional
@@ -62,7 +62,13 @@ class TiUEUNet(UNet2DConditionModel):
 
     Same configuration, same state dict, same `forward` as its parent. The one pass is that of
     TiUE (Li et al., CVPR 2025, arXiv 2505.21960), with the exact savings of docs/method.md.
+
+    Attributes:
+        recompute_feed_forward: set it to compute the first product of the decoder's feed-forwards
+            again in backward, rather than keep it: a third of what the decoder keeps (SD 1.5).
     """
+
+    recompute_feed_forward = False
 
     @classmethod
     def from_pretrained(
@@ -210,9 +216,20 @@ class TiUEUNet(UNet2DConditionModel):
         timesteps = _as_timesteps(timesteps, features.hidden.device)
         kwargs = features.cross_attention_kwargs
         hidden = self._decode(features, timesteps, cross_attention_kwargs=kwargs)
-        if self.conv_norm_out is not None:
-            hidden = self.conv_act(self.conv_norm_out(hidden))
-        return self.conv_out(hidden).unflatten(0, (len(timesteps), features.hidden.shape[0]))
+        norm, conv = self.conv_norm_out, self.conv_out
+        if self._has_plain_output and is_plain_conv(conv):
+            out = functional.group_norm_silu_conv2d(
+                *(hidden, norm.num_groups, norm.weight, norm.bias),
+                *(conv.weight, conv.bias, norm.eps, conv.padding),
+            )
+        else:
+            out = conv(hidden if norm is None else self.conv_act(norm(hidden)))
+        return out.unflatten(0, (len(timesteps), features.hidden.shape[0]))
+
+    @property
+    def _has_plain_output(self) -> bool:
+        """Whether norm and SiLU before the last convolution can be called as an operator."""
+        return is_plain(self.conv_norm_out, nn.GroupNorm) and is_plain(self.conv_act, nn.SiLU)
 
     def decode_combined(
         self, features: EncoderFeatures, latents: torch.Tensor, schedule: OnePassSchedule
@@ -231,8 +248,7 @@ class TiUEUNet(UNet2DConditionModel):
             [B, C, H, W].
         """
         norm, conv = self.conv_norm_out, self.conv_out
-        plain = is_plain(norm, nn.GroupNorm) and is_plain(self.conv_act, nn.SiLU)
-        if not (plain and is_plain(conv, nn.Conv2d)):
+        if not (self._has_plain_output and is_plain(conv, nn.Conv2d)):
             return schedule.combine(latents, self.decode(features, schedule.timesteps))
 
         timesteps = _as_timesteps(schedule.timesteps, features.hidden.device)
@@ -396,6 +412,7 @@ class TiUEUNet(UNet2DConditionModel):
             attention_mask=features.attention_mask,
             encoder_attention_mask=features.encoder_attention_mask,
             cross_attention_kwargs=cross_attention_kwargs,
+            recompute_feed_forward=self.recompute_feed_forward,
         )
 
         skips = features.skips

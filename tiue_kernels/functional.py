@@ -381,13 +381,15 @@ def geglu_feed_forward(
     projection_bias: torch.Tensor | None,
     weight: torch.Tensor,
     bias: torch.Tensor | None = None,
+    norm_weight: torch.Tensor | None = None,
+    norm_bias: torch.Tensor | None = None,
+    eps: float = 1e-5,
     recompute_projection: bool = False,
 ) -> torch.Tensor:
-    """linear(geglu(linear(x))): the feed-forward of a transformer block, frugal in backward.
+    """linear(geglu(linear(layer_norm(x)))): a transformer block's feed-forward, frugal in backward.
 
-    Keeps x and the projection [..., 2 D] for backward and computes geglu again; with
-    `recompute_projection` keeps x alone and runs the first product again too (a third more work
-    for a quarter of the bytes or less).
+    Keeps x and the projection [..., 2 D] for backward, and computes the norm and geglu again; with
+    `recompute_projection` keeps x alone and runs the first product again too.
 
     Args:
         x: [..., C].
@@ -395,6 +397,9 @@ def geglu_feed_forward(
         projection_bias: [2 D].
         weight: [C_out, D].
         bias: [C_out].
+        norm_weight: [C] scale of the layer norm; None for no norm.
+        norm_bias: [C] shift of the layer norm, given where the scale is.
+        eps: added to the variance.
         recompute_projection: whether backward computes the projection again.
 
     Returns:
@@ -413,7 +418,14 @@ def geglu_feed_forward(
         f"weight must be [C_out, {projection_weight.shape[0] / 2:g}], half the rows of "
         f"projection_weight, got {tuple(weight.shape)}",
     )
-    tensors = checks.one_dtype(
+    for name, tensor in (("norm_weight", norm_weight), ("norm_bias", norm_bias)):
+        checks.require(
+            tensor is None or tensor.shape == x.shape[-1:],
+            f"{name} must be ({x.shape[-1]},) or None",
+        )
+    checks.require((norm_weight is None) == (norm_bias is None), "a norm needs scale and shift")
+    checks.tensors(x=x, norm_weight=norm_weight, norm_bias=norm_bias)
+    _, *linear = checks.one_dtype(
         lower=True,
         x=x,
         projection_weight=projection_weight,
@@ -421,7 +433,93 @@ def geglu_feed_forward(
         weight=weight,
         bias=bias,
     )
-    return ops.geglu_feed_forward.forward(*tensors, recompute_projection)[0]
+    return ops.geglu_feed_forward.forward(
+        x, norm_weight, norm_bias, eps, *linear, not recompute_projection
+    )[0]
+
+
+def group_norm_linear(
+    x: torch.Tensor,
+    num_groups: int,
+    norm_weight: torch.Tensor,
+    norm_bias: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    eps: float = 1e-6,
+) -> torch.Tensor:
+    """linear(group_norm(x)) of every pixel, as tokens: how a transformer takes in a map.
+
+    Keeps x and the statistics for backward and computes the norm again.
+
+    Args:
+        x: [rows, C, H, W].
+        num_groups: groups of the norm.
+        norm_weight: [C] scale of the norm.
+        norm_bias: [C] shift of the norm.
+        weight: [C_out, C]; of a 1 x 1 convolution, flattened.
+        bias: [C_out].
+        eps: added to the variance.
+
+    Returns:
+        [rows, H*W, C_out].
+
+    Raises:
+        ValueError: the shapes do not fit together.
+    """
+    checks = Checks("group_norm_linear")
+    checks.maps(x=x)
+    checks.norm(x.shape[1], num_groups, norm_weight, norm_bias)
+    checks.require(
+        weight.ndim == 2 and weight.shape[1] == x.shape[1],
+        f"weight must be [C_out, {x.shape[1]}], got {tuple(weight.shape)}",
+    )
+    checks.tensors(x=x, norm_weight=norm_weight, norm_bias=norm_bias)
+    x, weight, bias = checks.one_dtype(lower=True, x=x, weight=weight, bias=bias)
+    return ops.group_norm_linear.forward(x, num_groups, norm_weight, norm_bias, eps, weight, bias)[
+        0
+    ]
+
+
+def layer_norm_linear(
+    x: torch.Tensor,
+    norm_weight: torch.Tensor,
+    norm_bias: torch.Tensor,
+    weights: list[torch.Tensor],
+    eps: float = 1e-5,
+) -> list[torch.Tensor]:
+    """linear_i(layer_norm(x)) for several weights, e.g. query, key and value; frugal in backward.
+
+    Keeps x and the statistics for backward and computes the norm again.
+
+    Args:
+        x: [..., C].
+        norm_weight: [C] scale of the norm.
+        norm_bias: [C] shift of the norm.
+        weights: [C_i, C] each, one at least.
+        eps: added to the variance.
+
+    Returns:
+        [..., C_i] each.
+
+    Raises:
+        ValueError: the shapes do not fit together.
+    """
+    checks = Checks("layer_norm_linear")
+    for name, tensor in (("norm_weight", norm_weight), ("norm_bias", norm_bias)):
+        checks.require(
+            tensor.shape == x.shape[-1:],
+            f"{name} must be ({x.shape[-1]},), got {tuple(tensor.shape)}",
+        )
+    checks.require(len(weights) > 0, "weights must hold a weight at least")
+    named = {f"weights[{index}]": weight for index, weight in enumerate(weights)}
+    for name, weight in named.items():
+        checks.require(
+            weight.ndim == 2 and weight.shape[1] == x.shape[-1],
+            f"{name} must be [C_out, {x.shape[-1]}], got {tuple(weight.shape)}",
+        )
+    checks.tensors(x=x, norm_weight=norm_weight, norm_bias=norm_bias)
+    _, *weights = checks.one_dtype(lower=True, x=x, **named)
+    return ops.layer_norm_linear.forward(x, norm_weight, norm_bias, eps, weights)[0]
 
 
 def upsample_conv2d(

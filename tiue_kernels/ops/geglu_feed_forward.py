@@ -1,98 +1,158 @@
-"""`tiue::geglu_feed_forward_fwd` and `_bwd`: projection, GEGLU and output of a feed-forward.
+"""`tiue::geglu_feed_forward_fwd` and `_bwd`: norm, projection, GEGLU and output of a feed-forward.
 
-Backward needs x and, unless that is computed again too, the projection; the product of the two
-halves is computed again always.
+Backward needs x and, unless that is computed again too, the projection; the normalised tokens and
+the product of the projection's halves are computed again always.
 """
 
 import torch
 import torch.nn.functional as F
 
 from tiue_kernels.ops import geglu
-from tiue_kernels.ops._library import define
+from tiue_kernels.ops._library import define, statistics_dtype
+from tiue_kernels.ops.layer_norm_linear import normalise, normalise_backward
 
 
-def _run_fwd(x, projection_weight, projection_bias, weight, bias, recompute_projection):
-    projection = F.linear(x, projection_weight, projection_bias)
+def _tokens(x, norm_weight, norm_bias, eps, dtype):
+    """LayerNorm(x), or x where there is no norm, and the statistics."""
+    if norm_weight is None:
+        return x.to(dtype), x.new_empty(0), x.new_empty(0)
+    tokens, mean, rstd = normalise(x, norm_weight, norm_bias, eps)
+    return tokens.to(dtype), mean, rstd
+
+
+def _run_fwd(
+    x, norm_weight, norm_bias, eps, projection_weight, projection_bias, weight, bias, keep
+):
+    tokens, *stats = _tokens(x, norm_weight, norm_bias, eps, weight.dtype)
+    projection = F.linear(tokens, projection_weight, projection_bias)
     out = F.linear(geglu.forward(projection), weight, bias)
-    return out, x.new_empty(0) if recompute_projection else projection
+    return out, projection if keep else out.new_empty(0), *stats
 
 
-def _fake_fwd(x, projection_weight, projection_bias, weight, bias, recompute_projection):
-    projection = x.new_empty(*x.shape[:-1], projection_weight.shape[0])
+def _fake_fwd(
+    x, norm_weight, norm_bias, eps, projection_weight, projection_bias, weight, bias, keep
+):
+    shape = (0,) if norm_weight is None else (*x.shape[:-1], 1)
+    stats = x.new_empty(shape, dtype=x.dtype if norm_weight is None else statistics_dtype(x.dtype))
+    projection = weight.new_empty(*x.shape[:-1], projection_weight.shape[0])
     return (
-        x.new_empty(*x.shape[:-1], weight.shape[0]),
-        x.new_empty(0) if recompute_projection else projection,
+        weight.new_empty(*x.shape[:-1], weight.shape[0]),
+        projection if keep else weight.new_empty(0),
+        stats,
+        torch.empty_like(stats),
     )
 
 
 def _run_bwd(
-    grad_out, x, projection, projection_weight, projection_bias, weight, recompute, output_mask
+    grad_out,
+    x,
+    norm_weight,
+    norm_bias,
+    eps,
+    projection_weight,
+    projection_bias,
+    weight,
+    projection,
+    mean,
+    rstd,
+    output_mask,
 ):
     need_x, need_projection_weight, need_projection_bias, need_weight, need_bias = output_mask
     none = x.new_empty(0)
-    if recompute:
-        projection = F.linear(x, projection_weight, projection_bias)
+    tokens = None
+    if need_projection_weight or not projection.numel():
+        tokens, *_ = _tokens(x, norm_weight, norm_bias, eps, weight.dtype)
+    if not projection.numel():
+        projection = F.linear(tokens, projection_weight, projection_bias)
     columns = grad_out.flatten(0, -2)  # (tokens, C_out)
-    grad_weight = grad_bias = none
+    grads = [none] * 5
     if need_weight:
-        grad_weight = columns.t() @ geglu.forward(projection).flatten(0, -2)
+        grads[3] = columns.t() @ geglu.forward(projection).flatten(0, -2)
     if need_bias:
-        grad_bias = columns.sum(0)
-    if not any(output_mask[:3]):
-        return none, none, none, grad_weight, grad_bias
-    grad_projection = geglu.backward(grad_out @ weight, projection).flatten(0, -2)
-    return (
-        (grad_projection @ projection_weight).view(x.shape) if need_x else none,
-        grad_projection.t() @ x.flatten(0, -2) if need_projection_weight else none,
-        grad_projection.sum(0) if need_projection_bias else none,
-        grad_weight,
-        grad_bias,
-    )
+        grads[4] = columns.sum(0)
+    norm_grads = [none] * 2
+    if any(output_mask[:3]):
+        grad_projection = geglu.backward(grad_out @ weight, projection)
+        rows = grad_projection.flatten(0, -2)  # (tokens, 2 D)
+        if need_projection_weight:
+            grads[1] = rows.t() @ tokens.flatten(0, -2)
+        if need_projection_bias:
+            grads[2] = rows.sum(0)
+        if need_x:
+            grads[0] = grad_projection @ projection_weight
+            if norm_weight is not None:
+                grads[0], *norm_grads = normalise_backward(
+                    grads[0], x, mean, rstd, norm_weight, norm_bias
+                )
+            else:
+                grads[0] = grads[0].to(x.dtype)
+    return grads[0], *norm_grads, *grads[1:]
 
 
 def _fake_bwd(
-    grad_out, x, projection, projection_weight, projection_bias, weight, recompute, output_mask
+    grad_out,
+    x,
+    norm_weight,
+    norm_bias,
+    eps,
+    projection_weight,
+    projection_bias,
+    weight,
+    projection,
+    mean,
+    rstd,
+    output_mask,
 ):
-    shapes = (
-        x.shape,
-        projection_weight.shape,
-        projection_weight.shape[:1],
-        weight.shape,
-        weight.shape[:1],
-    )
-    return tuple(
-        x.new_empty(shape if needed else 0)
-        for shape, needed in zip(shapes, output_mask, strict=True)
+    def like(tensor, wanted):
+        return tensor.new_empty(tensor.shape if wanted else 0)
+
+    need_x, need_projection_weight, need_projection_bias, need_weight, need_bias = output_mask
+    norm = (x, x) if norm_weight is None else (norm_weight, norm_bias)
+    return (
+        like(x, need_x),
+        *(like(tensor, need_x and norm_weight is not None) for tensor in norm),
+        like(projection_weight, need_projection_weight),
+        like(projection_weight[:, 0], need_projection_bias),
+        like(weight, need_weight),
+        like(weight[:, 0], need_bias),
     )
 
 
 forward = define(
     "geglu_feed_forward_fwd",
-    "(Tensor x, Tensor projection_weight, Tensor? projection_bias, Tensor weight, Tensor? bias,"
-    " bool recompute_projection) -> (Tensor, Tensor)",
+    "(Tensor x, Tensor? norm_weight, Tensor? norm_bias, float eps, Tensor projection_weight,"
+    " Tensor? projection_bias, Tensor weight, Tensor? bias, bool keep_projection)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
     _fake_fwd,
     _run_fwd,
 )
 backward = define(
     "geglu_feed_forward_bwd",
-    "(Tensor grad_out, Tensor x, Tensor projection, Tensor projection_weight,"
-    " Tensor? projection_bias, Tensor weight, bool recompute_projection, bool[5] output_mask)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor grad_out, Tensor x, Tensor? norm_weight, Tensor? norm_bias, float eps,"
+    " Tensor projection_weight, Tensor? projection_bias, Tensor weight, Tensor projection,"
+    " Tensor mean, Tensor rstd, bool[5] output_mask)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fake_bwd,
     _run_bwd,
 )
 
 
 def _setup_context(ctx, inputs, output):
-    x, projection_weight, projection_bias, weight, _, ctx.recompute = inputs
+    x, norm_weight, norm_bias, ctx.eps, projection_weight, projection_bias, weight, _, _ = inputs
     ctx.set_materialize_grads(False)  # or the projection gets a gradient of zeros of its size
-    ctx.save_for_backward(x, output[1], projection_weight, projection_bias, weight)
+    ctx.save_for_backward(
+        x, norm_weight, norm_bias, projection_weight, projection_bias, weight, *output[1:]
+    )
 
 
-def _backward(ctx, grad_out, _projection):
-    needed = list(ctx.needs_input_grad[:5])
-    grads = backward(grad_out, *ctx.saved_tensors, ctx.recompute, needed)
-    return *(g if want else None for g, want in zip(grads, needed, strict=True)), None
+def _backward(ctx, grad_out, *_):
+    x, norm_weight, norm_bias, *rest = ctx.saved_tensors
+    need_x, need_norm_weight, need_norm_bias, _, *needed, _ = ctx.needs_input_grad
+    output_mask = [need_x or need_norm_weight or need_norm_bias, *needed]
+    grads = backward(grad_out, x, norm_weight, norm_bias, ctx.eps, *rest, output_mask)
+    wanted = (need_x, need_norm_weight, need_norm_bias, *needed)
+    grads = [grad if want else None for grad, want in zip(grads, wanted, strict=True)]
+    return *grads[:3], None, *grads[3:], None
 
 
 torch.library.register_autograd(

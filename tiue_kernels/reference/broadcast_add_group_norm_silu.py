@@ -4,7 +4,13 @@ import torch
 import torch.nn.functional as F
 
 from tiue_kernels.layout import like
-from tiue_kernels.reference.group_norm import affine, arithmetic_type, group_norm, group_norm_bwd
+from tiue_kernels.reference.group_norm import (
+    affine,
+    arithmetic_type,
+    centre,
+    group_norm,
+    group_norm_bwd,
+)
 
 
 def broadcast_add_group_norm_silu_fwd(
@@ -37,7 +43,8 @@ def broadcast_add_group_norm_silu_bwd(
     stats: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     rows = _rows(hidden, shared, time_embedding, scale_shift)
-    normal = affine(rows, stats, weight, bias)
+    centred = centre(rows, stats)
+    normal = affine(centred, stats, weight, bias)
     grad = like(grad_out.to(rows.dtype), rows)
     if scale_shift:
         scale, shift = _scale_and_shift(time_embedding, rows.dtype)
@@ -48,7 +55,7 @@ def broadcast_add_group_norm_silu_bwd(
     else:
         grad = torch.ops.aten.silu_backward(grad, normal)
 
-    grad_rows, grad_weight, grad_bias = group_norm_bwd(grad, rows, stats, weight)
+    grad_rows, grad_weight, grad_bias = group_norm_bwd(grad, centred, stats, weight)
     if not scale_shift:
         grad_time_embedding = grad_rows.sum((2, 3))
     timesteps = len(rows) // max(len(shared), 1)

@@ -4,7 +4,13 @@ import torch
 import torch.nn.functional as F
 
 from tiue_kernels.layout import like
-from tiue_kernels.reference.group_norm import affine, arithmetic_type, group_norm, group_norm_bwd
+from tiue_kernels.reference.group_norm import (
+    affine,
+    arithmetic_type,
+    centre,
+    group_norm,
+    group_norm_bwd,
+)
 
 
 def timestep_sum_group_norm_silu_fwd(
@@ -35,14 +41,15 @@ def timestep_sum_group_norm_silu_bwd(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     timesteps = len(coefficients)
     rows = like(hidden, hidden).to(arithmetic_type(hidden))
-    normal = affine(rows, stats, weight, bias)
+    centred = centre(rows, stats)
+    normal = affine(centred, stats, weight, bias)
     grad = like(grad_out, hidden).to(rows.dtype)  # (B, C, H, W)
     grad_coefficients = (F.silu(normal).unflatten(0, (timesteps, -1)) * grad).sum((1, 2, 3, 4))
 
     factors = coefficients.to(rows.dtype).repeat_interleave(len(grad))[:, None, None, None]
     grad = like(grad.repeat(timesteps, 1, 1, 1), rows) * factors
     grad = torch.ops.aten.silu_backward(grad, normal)
-    grad_hidden, grad_weight, grad_bias = group_norm_bwd(grad, rows, stats, weight)
+    grad_hidden, grad_weight, grad_bias = group_norm_bwd(grad, centred, stats, weight)
     return (
         grad_hidden.to(hidden.dtype),
         grad_coefficients.to(coefficients.dtype),

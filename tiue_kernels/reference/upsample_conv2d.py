@@ -32,7 +32,7 @@ def upsample_conv2d_fwd(
 def upsample_conv2d_bwd(
     grad_out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, output_mask: list[bool]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    rows, channels, height, width = x.shape
+    rows, _, height, width = x.shape
     wants_x, wants_weight, wants_bias = output_mask
     wide = torch.promote_types(x.dtype, torch.float32)
     grad_x = grad_weight = grad_bias = x.new_empty(0)

@@ -1,0 +1,109 @@
+"""Counts the bytes that a decoder keeps for its backward pass: `python -m benchmarks.saved_bytes`.
+
+Fake tensors carry shapes and no data, so the count needs neither the memory nor the time of a
+training step, and is the same on every machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from benchmarks import published_form
+from benchmarks.models import CONFIGS, NUM_TOKENS
+from tiue import TiUEUNet
+
+FORMS = ("published", "tiue")
+TIMESTEPS = [751, 501, 251, 1]
+
+
+class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
+    """Adds up distinct storages that autograd saves inside the context, parameters left out.
+
+    Args:
+        module: whose parameters are not counted.
+    """
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self._kept: dict[int, torch.UntypedStorage] = {}
+        parameters = {parameter.untyped_storage()._cdata for parameter in module.parameters()}
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in parameters:
+                self._kept[storage._cdata] = storage  # held, so that no address is used twice
+            return tensor
+
+        super().__init__(pack, lambda tensor: tensor)
+
+    @property
+    def total(self) -> int:
+        """Bytes so far."""
+        return sum(storage.nbytes() for storage in self._kept.values())
+
+
+def decoder_bytes(
+    form: str, model: str = "sd15", latent_size: int = 64, batch: int = 1, **options: bool
+) -> int:
+    """Counts what the decoder of one form keeps for K = 4 timesteps in float32.
+
+    Args:
+        form: "published" or "tiue".
+        model: a key of `benchmarks.models.CONFIGS`.
+        latent_size: height and width of the latents.
+        batch: B.
+        **options: attributes set on the student, e.g. `recompute_feed_forward=True`.
+
+    Returns:
+        Bytes.
+    """
+    with FakeTensorMode():
+        cls = TiUEUNet if form == "tiue" else UNet2DConditionModel
+        unet = cls(**CONFIGS[model]).train()
+        for name, value in options.items():
+            setattr(unet, name, value)
+        latents = torch.empty(batch, 4, latent_size, latent_size)
+        prompt_embeds = torch.empty(batch, NUM_TOKENS, unet.config.cross_attention_dim)
+        timesteps = torch.tensor(TIMESTEPS)
+        with torch.no_grad():
+            hidden, skips = published_form.encode(unet, latents, timesteps[0], prompt_embeds)
+            features = unet.encode(latents, timesteps[0], prompt_embeds) if form == "tiue" else None
+        saved = SavedBytes(unet)
+        with saved:
+            if features is None:
+                rows = [rows.requires_grad_() for rows in (hidden, *skips)]
+                published_form.decode(unet, rows[0], rows[1:], timesteps, prompt_embeds)
+            else:
+                features = replace(
+                    features,
+                    hidden=features.hidden.requires_grad_(),
+                    skips=tuple(skip.requires_grad_() for skip in features.skips),
+                )
+                unet.decode(features, timesteps)
+    return saved.total
+
+
+def main() -> None:
+    """Prints the bytes of both forms and their ratio."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", choices=CONFIGS, default="sd15")
+    parser.add_argument("--latents", type=int, default=64, help="Height and width.")
+    parser.add_argument("--batch", type=int, default=1)
+    arguments = parser.parse_args()
+    case = (arguments.model, arguments.latents, arguments.batch)
+    published = decoder_bytes("published", *case)
+    print(f"published form: {published / 2**20:.0f} MiB")
+    for label, options in (
+        ("tiue", {}),
+        ("tiue, feed-forward computed again", {"recompute_feed_forward": True}),
+    ):
+        own = decoder_bytes("tiue", *case, **options)
+        print(f"{label}: {own / 2**20:.0f} MiB, {own / published:.2f} x")
+
+
+if __name__ == "__main__":
+    main()
