@@ -15,3 +15,8 @@ def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:
         return 0.0
     difference = (value.double() - reference.double()).abs().max()
     return (difference / reference.double().abs().max()).item()
+
+
+# Rounding floor of the criterion (error at most twice that of torch, plus this), over the largest
+# reference value: half a unit in the last place where torch happens to be exact.
+ROUNDING_FLOORS = {torch.float32: 2.0**-22, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}

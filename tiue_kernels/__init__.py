@@ -5,6 +5,7 @@ timestep-major: row k * B + b. Tensors with B rows are shared by all timesteps a
 """
 
 from tiue_kernels import functional
+from tiue_kernels.dispatch import BackendError, explain, use_backend
 
-__all__ = ["functional"]
+__all__ = ["BackendError", "explain", "functional", "use_backend"]
 __version__ = "0.1.0"

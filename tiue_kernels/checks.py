@@ -1,4 +1,4 @@
-"""What the public operators refuse, in one place: errors name the operator, the argument, the rule."""
+"""What the public operators refuse: every error names operator, argument and rule."""
 
 from __future__ import annotations
 

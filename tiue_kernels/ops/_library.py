@@ -1,4 +1,4 @@
-"""The operator library `tiue`: schemas and fakes; what runs is chosen by `dispatch` at each call."""
+"""The operator library `tiue`: schemas and fakes; `dispatch` chooses what runs at each call."""
 
 from __future__ import annotations
 

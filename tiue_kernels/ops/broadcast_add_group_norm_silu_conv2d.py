@@ -49,7 +49,7 @@ def _fake_fwd(
         for extent, pad, kernel in zip(shared.shape[2:], padding, weight.shape[2:], strict=True)
     ]
     return (
-        rows_like(shared if hidden is None else hidden, rows, weight.shape[0], *size),
+        convolution.output_like(shared if hidden is None else hidden, weight, rows, *size),
         shared.new_empty(2, rows, num_groups, dtype=statistics_dtype(shared.dtype)),
     )
 
@@ -119,7 +119,7 @@ def _fake_bwd(
         )
     return (
         *inputs,
-        weight.new_empty(weight.shape if output_mask[1] else 0),
+        rows_like(weight, *weight.shape) if output_mask[1] else weight.new_empty(0),
         weight.new_empty(weight.shape[0] if output_mask[2] else 0),
     )
 

@@ -33,9 +33,9 @@ def _fake_fwd(hidden, skip, num_groups, norm_weight, norm_bias, eps, weight, bia
     dtype = statistics_dtype(hidden.dtype)
     out_skip = hidden.new_empty(0)
     if groups < num_groups:
-        out_skip = rows_like(hidden, skip.shape[0], weight.shape[0], *size)
+        out_skip = convolution.output_like(hidden, weight, skip.shape[0], *size)
     return (
-        rows_like(hidden, hidden.shape[0], weight.shape[0], *size),
+        convolution.output_like(hidden, weight, hidden.shape[0], *size),
         out_skip,
         hidden.new_empty(2, hidden.shape[0], groups, dtype=dtype),
         hidden.new_empty(2, skip.shape[0], num_groups - groups, dtype=dtype),
@@ -114,7 +114,7 @@ def _fake_bwd(
         )
     return (
         *inputs,
-        weight.new_empty(weight.shape if need_weight else 0),
+        rows_like(weight, *weight.shape) if need_weight else weight.new_empty(0),
         weight.new_empty(weight.shape[0] if need_bias else 0),
     )
 

@@ -2,6 +2,8 @@
 
 import torch
 
+from tiue_kernels.layout import like
+
 
 def one_pass_combine_fwd(
     latents: torch.Tensor,
@@ -11,7 +13,7 @@ def one_pass_combine_fwd(
 ) -> torch.Tensor:
     dtype = torch.promote_types(latents.dtype, torch.float32)
     total = torch.tensordot(noise_coefficients.to(dtype), noise_pred.to(dtype), dims=1)
-    return (latent_coefficient * latents.to(dtype) + total).to(latents.dtype)
+    return like((latent_coefficient * latents.to(dtype) + total).to(latents.dtype), latents)
 
 
 def one_pass_combine_bwd(
@@ -24,7 +26,7 @@ def one_pass_combine_bwd(
     grad = grad_out.to(dtype)
     grad_noise_coefficients = noise_pred.to(dtype).flatten(1) @ grad.flatten()
     return (
-        (latent_coefficient * grad).to(grad_out.dtype),
+        like((latent_coefficient * grad).to(grad_out.dtype), grad_out),
         torch.tensordot(noise_coefficients.to(dtype), grad, dims=0).to(noise_pred.dtype),
         grad_noise_coefficients.to(noise_coefficients.dtype),
     )
