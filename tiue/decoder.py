@@ -286,9 +286,8 @@ def _self_attention(
         mask = repeat_rows(context.attention_mask, context.timesteps)
         return attention(norm(tokens), attention_mask=mask)
     projections = (attention.to_q, attention.to_k, attention.to_v)
-    out = functional.cross_timestep_attention(
-        *_norm_project(norm, projections, tokens), attention.heads
-    )
+    query, key, value = _norm_project(norm, projections, tokens)
+    out = functional.cross_timestep_attention(query, key, value, attention.heads)
     for layer in attention.to_out:
         out = layer(out)
     return out
@@ -368,7 +367,9 @@ def _feed_forward(
         tokens = functional.geglu_feed_forward(
             tokens if fused else norm(tokens),
             *(gate.proj.weight, gate.proj.bias, rest[0].weight, rest[0].bias),
-            *((norm.weight, norm.bias, norm.eps) if fused else ()),
+            norm_weight=norm.weight if fused else None,
+            norm_bias=norm.bias if fused else None,
+            eps=norm.eps if fused else 0.0,
             recompute_projection=recompute,
         )
         rest = rest[1:]

@@ -137,19 +137,14 @@ def select(operator: str, args: tuple[Any, ...]) -> str:
     forced = forced_backend()
     key = _key(args)
     for backend in _candidates(operator, key) if forced is None else (forced,):
-        reasons = _refusals(operator, backend, key)
-        limit = TABLE[operator][backend].limit if not reasons else None
-        if limit is not None and (reason := limit(args)):
-            reasons = (reason,)
+        reasons = _refusals(operator, backend, key) or _limits(operator, backend, args)
         if not reasons:
             return backend
-        if forced is not None:
-            raise BackendError(
-                f"{operator} cannot run on the forced backend {backend}:\n"
-                + _describe(operator, args)
-            )
-        _tell_once(operator, backend, reasons)
-    raise BackendError(f"no backend runs {operator}:\n{_describe(operator, args)}")
+        if forced is None:
+            _tell_once(operator, backend, reasons)
+    attempt = f"on the forced backend {forced}" if forced else "on any backend"
+    reasons_of_all = _describe(operator, args, is_call=True)
+    raise BackendError(f"{operator} cannot run {attempt}:\n{reasons_of_all}")
 
 
 def explain(operator: str, *tensors: torch.Tensor) -> str:
@@ -170,13 +165,15 @@ def explain(operator: str, *tensors: torch.Tensor) -> str:
     return _describe(operator, tensors)
 
 
-def _describe(operator: str, args: tuple[Any, ...]) -> str:
+def _describe(operator: str, args: tuple[Any, ...], is_call: bool = False) -> str:
     key = _key(args)
     forced = forced_backend()
     order = (forced,) if forced else _candidates(operator, key)
     lines, chosen = [], False
     for backend in dict.fromkeys((*order, *PREFERENCE)):
         reasons = list(_refusals(operator, backend, key))
+        if not reasons and is_call:
+            reasons = list(_limits(operator, backend, args))
         if not reasons and backend not in order:
             reasons = [f"{order[0]} is forced" if forced else "tensors on a CPU take the reference"]
         if not reasons:
@@ -237,6 +234,13 @@ def _refusals(operator: str, backend: str, key: _Key) -> tuple[str, ...]:
         found = ".".join(map(str, key.compute_capability))
         reasons.append(f"needs compute capability {least[0]}.{least[1]}, the device has {found}")
     return tuple(reasons)
+
+
+def _limits(operator: str, backend: str, args: tuple[Any, ...]) -> tuple[str, ...]:
+    """Why a backend does not take these arguments, though it takes their dtype and layout."""
+    limit = TABLE[operator][backend].limit
+    reason = limit(args) if limit is not None else None
+    return (reason,) if reason else ()
 
 
 def _missing(backend: str, operator: str, key: _Key) -> list[str]:

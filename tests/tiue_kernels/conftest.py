@@ -1,4 +1,4 @@
-"""Kernels run in Triton's interpreter where there is no GPU: set before triton is first imported."""
+"""Kernels run in Triton's interpreter where there is no GPU; set before triton is imported."""
 
 import os
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from tests.tiue_kernels.calls import CALLS, K, B, Tensors, noise
+from tests.tiue_kernels.calls import CALLS, B, K, Tensors, noise
 from tests.tolerances import ROUNDING_FLOORS
 from tiue_kernels import dispatch, functional, use_backend
 from tiue_kernels.ops import cross_timestep_attention as attention_op
@@ -116,7 +116,7 @@ def _operators_called(function, tensors: Tensors) -> list[tuple[object, tuple]]:
 
     with Record():
         outputs_and_gradients(function, tensors)
-    for name, (operator, args) in found.items():
+    for name, (_, args) in found.items():
         if name.endswith("_fwd"):
             for arg in args:
                 for tensor in arg if isinstance(arg, list) else [arg]:
@@ -141,7 +141,7 @@ def test_autocast_settles_dtypes() -> None:
 
 
 def test_dtypes_that_differ_are_refused_outside_of_autocast() -> None:
-    with pytest.raises(TypeError, match="shared_skip_group_norm_silu.*hidden torch.float32"):
+    with pytest.raises(TypeError, match=r"shared_skip_group_norm_silu.*hidden torch\.float32"):
         functional.shared_skip_group_norm_silu(
             noise(6, 9, 4, 5).float(), noise(2, 7, 4, 5), 4, noise(16), noise(16)
         )

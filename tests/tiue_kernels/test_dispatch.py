@@ -1,0 +1,88 @@
+"""The choice of a backend: automatic, forced, refused with every reason."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tests.tiue_kernels.calls import noise
+from tiue_kernels import BackendError, dispatch, explain, functional, use_backend
+
+
+def x(dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return noise(2, 3, 8).to(dtype)
+
+
+def test_tensors_on_a_cpu_take_the_reference() -> None:
+    assert dispatch.select("geglu", (x(),)) == "reference"
+    lines = explain("geglu", x()).splitlines()
+    assert lines[0] == "  reference: runs"
+    assert any(line.startswith("  cuda: not implemented") for line in lines)
+
+
+def test_every_backend_is_a_known_one() -> None:
+    for backends in dispatch.TABLE.values():
+        assert set(backends) <= set(dispatch.PREFERENCE)
+        assert "reference" in backends
+
+
+def test_names_that_do_not_exist_are_refused() -> None:
+    with pytest.raises(ValueError, match="no backend 'tritn': choose one of cuda, triton"):
+        use_backend("tritn").__enter__()
+    with pytest.raises(ValueError, match="no operator 'gelu': choose one of"):
+        explain("gelu", x())
+
+
+def test_a_forced_backend_that_cannot_run_lists_every_reason(monkeypatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with use_backend("triton"), pytest.raises(BackendError) as error:
+        functional.geglu(x(torch.float64))
+    message = str(error.value)
+    assert "geglu cannot run on the forced backend triton" in message
+    assert "torch.float64 is not one of bfloat16, float16, float32" in message
+    assert "TRITON_INTERPRET=1" in message or "triton is not installed" in message
+    with use_backend("cuda"), pytest.raises(BackendError, match="cuda: not implemented"):
+        functional.geglu(x())
+
+
+def test_the_variable_forces_and_the_context_overrides_it(monkeypatch) -> None:
+    monkeypatch.setenv(dispatch.VARIABLE, "cuda")
+    with pytest.raises(BackendError, match="forced backend cuda"):
+        functional.geglu(x())
+    with use_backend("reference"):
+        functional.geglu(x())
+    monkeypatch.setenv(dispatch.VARIABLE, "opencl")
+    with pytest.raises(ValueError, match="no backend 'opencl'"):
+        functional.geglu(x())
+
+
+def test_contexts_nest_and_end() -> None:
+    with use_backend("reference"):
+        with use_backend("triton"):
+            assert dispatch.forced_backend() == "triton"
+        assert dispatch.forced_backend() == "reference"
+    assert dispatch.forced_backend() is None
+
+
+def test_head_sizes_that_no_kernel_takes_are_named() -> None:
+    query = noise(2, 3, 20).float()
+    args = (query, query, query, 2, 1.0, None)
+    with use_backend("triton"), pytest.raises(BackendError, match="head size 10 is no multiple"):
+        dispatch.select("cross_timestep_attention", args)
+    backward = (query, query, query, query, 2, 1.0, None, query, query)
+    with use_backend("triton"), pytest.raises(BackendError, match="head size 10 is no multiple"):
+        dispatch.select("cross_timestep_attention", backward)
+
+
+def test_importing_the_package_imports_no_triton() -> None:
+    code = "import sys, tiue_kernels; sys.exit('triton' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_info_names_every_operator() -> None:
+    command = [sys.executable, "-m", "tiue_kernels.info"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    for operator in dispatch.TABLE:
+        assert operator in done.stdout
+    assert f"torch {torch.__version__}" in done.stdout
