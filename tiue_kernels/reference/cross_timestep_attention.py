@@ -1,5 +1,7 @@
 """Attention of K*B query rows over B shared (or K*B own) rows of keys and values."""
 
+from typing import Any
+
 import torch
 
 # torch's own kernels return the logsumexp too. That of the CPU takes every dtype.
@@ -24,15 +26,15 @@ def cross_timestep_attention_fwd(
         rows, tokens, _ = query.shape
         shape = (rows, num_heads, tokens)
         return torch.empty_like(query), query.new_empty(shape, dtype=_accumulator(query))
-    batch = key.shape[0]
-    heads = tuple(_split(x, num_heads) for x in (_fold(query, batch), key, value))
-    bias = _bias(query, attention_bias)
+    copies = _copies(query, key)
+    key, value, bias = (_repeat(x, copies) for x in (key, value, _bias(query, attention_bias)))
+    queries, key, value = (_split(x, num_heads) for x in (_fold(query, key.shape[0]), key, value))
     if query.device.type == "cpu":
-        out, logsumexp = _cpu_forward(*heads, attn_mask=bias, scale=scale)
+        out, logsumexp = _cpu_forward(queries, key, value, attn_mask=bias, scale=scale)
     elif _has_flash(query, bias):
-        out, logsumexp = _cuda_forward(*heads, scale=scale)[:2]
+        out, logsumexp = _cuda_forward(queries, key, value, scale=scale)[:2]
     else:
-        out, logsumexp = _explicit_fwd(*heads, scale, bias)
+        out, logsumexp = _explicit_fwd(queries, key, value, scale, bias)
     return _unfold(_join(out), query.shape), _unfold_logsumexp(logsumexp, query.shape)
 
 
@@ -52,15 +54,16 @@ def cross_timestep_attention_bwd(
         if attention_bias is not None:
             grad_bias = torch.zeros_like(attention_bias)
         return torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value), grad_bias
+    copies = _copies(query, key)
+    key, value, bias = (_repeat(x, copies) for x in (key, value, _bias(query, attention_bias)))
     batch = key.shape[0]
     folded = [_fold(x, batch) for x in (grad_out, query, out)]
     grad_out, queries, out, key, value = (_split(x, num_heads) for x in (*folded, key, value))
     logsumexp = _fold_logsumexp(logsumexp, batch)
     tensors = (grad_out, queries, key, value, out, logsumexp)
-    bias = _bias(query, attention_bias)
     if bias is not None and attention_bias is not None:  # torch's kernels give it no gradient
         *grads, grad_bias = _explicit_bwd(*tensors, scale, bias)
-        grad_bias = grad_bias.to(attention_bias.dtype)
+        grad_bias = _sum_copies(grad_bias, copies).to(attention_bias.dtype)
     elif query.device.type == "cpu":
         grads = _cpu_backward(*tensors, 0.0, False, scale=scale)
     elif _has_flash(query, None):
@@ -70,6 +73,7 @@ def cross_timestep_attention_bwd(
     else:
         *grads, _ = _explicit_bwd(*tensors, scale, None)
     grad_query, grad_key, grad_value = (_join(x) for x in grads)
+    grad_key, grad_value = (_sum_copies(x, copies) for x in (grad_key, grad_value))
     return _unfold(grad_query, query.shape), grad_key, grad_value, grad_bias
 
 
@@ -148,27 +152,55 @@ def _has_flash(query: torch.Tensor, bias: torch.Tensor | None) -> bool:
     )
 
 
+def _copies(query: torch.Tensor, key: torch.Tensor) -> int:
+    """How often to repeat the keys, so that their rows are those of the queries.
+
+    For B > 1 the other way is a copy of every query that gathers the timesteps: 1.2 x the time of
+    torch's attention at 4 x 2 rows of 1024 queries over 77 keys on a CPU. The fewer are copied.
+    """
+    timesteps = query.shape[0] // key.shape[0]
+    return timesteps if key.shape[0] > 1 and key.shape[1] < query.shape[1] else 1
+
+
+def _repeat(x: Any, copies: int) -> Any:
+    return x if x is None or copies == 1 else x.repeat(copies, *[1] * (x.ndim - 1))
+
+
+def _sum_copies(grad: torch.Tensor, copies: int) -> torch.Tensor:
+    if copies == 1:
+        return grad
+    return grad.unflatten(0, (copies, -1)).sum(0, dtype=_accumulator(grad)).to(grad.dtype)
+
+
 def _accumulator(x: torch.Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
 def _fold(x: torch.Tensor, batch: int) -> torch.Tensor:
     """(K*B, N, C) -> (B, K*N, C): one row of keys serves all timesteps. A view for B = 1."""
+    if len(x) == batch:
+        return x
     return x.unflatten(0, (-1, batch)).transpose(0, 1).flatten(1, 2)
 
 
 def _unfold(x: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     """(B, K*N, C) -> (K*B, N, C)."""
+    if x.shape == shape:
+        return x
     return x.unflatten(1, (-1, shape[1])).transpose(0, 1).reshape(shape)
 
 
 def _fold_logsumexp(x: torch.Tensor, batch: int) -> torch.Tensor:
     """(K*B, heads, N) -> (B, heads, K*N)."""
+    if len(x) == batch:
+        return x
     return x.unflatten(0, (-1, batch)).permute(1, 2, 0, 3).flatten(2)
 
 
 def _unfold_logsumexp(x: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     """(B, heads, K*N) -> (K*B, heads, N)."""
+    if len(x) == shape[0]:
+        return x.contiguous()
     x = x.unflatten(2, (-1, shape[1])).permute(2, 0, 1, 3)
     return x.reshape(shape[0], -1, shape[1]).contiguous()
 

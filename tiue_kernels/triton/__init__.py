@@ -1,1 +1,1 @@
-"""Triton kernels and their launchers, one file an operator. Needs triton; nothing imports it here."""
+"""Triton kernels and their launchers, one file an operator; each of them needs triton."""

@@ -1,0 +1,63 @@
+"""csrc compiled for GPUs, without one: registers, what the library needs, whether it loads."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tiue_kernels.cuda import build
+
+ROOT = Path(__file__).parents[3]
+pytestmark = pytest.mark.timeout(1500)
+
+# Kernels that may spill: part of the mangled name -> (bytes, why). None does.
+SPILLS: dict[str, tuple[int, str]] = {}
+
+
+def kernels(log: str) -> list[tuple[str, str, int]]:
+    """Architecture, mangled name and bytes spilled of every kernel in ptxas's log."""
+    pattern = r"Compiling entry function '(\S+)' for '(\S+)'.*?(\d+) bytes spill stores"
+    return [(arch, name, int(size)) for name, arch, size in re.findall(pattern, log, re.DOTALL)]
+
+
+def test_no_register_spills(cuda_library: Path) -> None:
+    found = []
+    for source in build.sources():
+        if source.suffix == ".cu":
+            log = build.cache_folder() / "cuda" / f"{source.parent.name}_{source.stem}.o.log"
+            compiled = kernels(log.read_text())
+            assert {arch for arch, *_ in compiled} == {"sm_80", "sm_90a"}, source
+            found += compiled
+    assert len(found) > 200
+    for arch, name, size in found:
+        allowed = max((most for part, (most, _) in SPILLS.items() if part in name), default=0)
+        assert size <= allowed, f"{name} for {arch} spills {size} bytes"
+
+
+def test_stable_abi_only(cuda_library: Path) -> None:
+    for tool in ("nm", "readelf"):
+        if shutil.which(tool) is None:
+            pytest.skip(f"no {tool}: binutils are not installed")
+    symbols = subprocess.check_output(["nm", "-DC", str(cuda_library)], text=True)
+    assert not re.findall(r"^.*\b(?:at|c10)::.*$", symbols, re.MULTILINE)
+    assert "aoti_torch_get_current_cuda_stream" not in symbols
+    assert "aoti_torch_library_init_impl" in symbols
+    needed = subprocess.check_output(["readelf", "-d", str(cuda_library)], text=True)
+    assert not re.findall(r"NEEDED.*(?:cudart|cuda|python|c10)", needed)
+
+
+def test_loads_beside_this_torch(cuda_library: Path) -> None:
+    code = (
+        "import torch, tiue_kernels.cuda\n"
+        f"torch.ops.load_library({str(cuda_library)!r})\n"
+        "for name in tiue_kernels.cuda.SCHEMAS:\n"
+        "    for direction in ('fwd', 'bwd'):\n"
+        "        full = f'tiue_cuda::{name}_{direction}'\n"
+        "        assert torch._C._dispatch_has_kernel_for_dispatch_key(full, 'CUDA'), full\n"
+    )
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, cwd=ROOT)

@@ -1,0 +1,133 @@
+"""What the loader, the build and the installation say when something is missing."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tiue_kernels import cuda
+from tiue_kernels.cuda import build
+
+ROOT = Path(__file__).parents[3]
+
+
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=environment
+    )
+
+
+def test_a_library_that_does_not_load_gives_one_warning(tmp_path: Path) -> None:
+    broken = tmp_path / "libtiue_cuda.so"
+    broken.write_bytes(b"no library")
+    with pytest.warns(RuntimeWarning, match="does not load") as caught:
+        reason = cuda._load(broken)
+    assert len(caught) == 1
+    assert reason == str(caught[0].message)
+    assert "TIUE_CUDA=1 pip install" in reason
+
+
+def test_a_missing_library_is_said_when_asked(tmp_path: Path, recwarn) -> None:
+    assert "not built" in cuda._load(tmp_path / "libtiue_cuda.so")
+    assert not recwarn.list
+
+
+def test_why_not() -> None:
+    assert cuda.why_not("geglu") == "not implemented"
+    assert cuda.why_not() == cuda.why_not("cross_timestep_attention", "cuda")
+    assert "xpu" in cuda.why_not("cross_timestep_attention", "xpu")
+    assert cuda.available_ops() == (set(cuda.SCHEMAS) if cuda.loaded() else set())
+
+
+def test_host_library_by_environment(host_library: Path) -> None:
+    assert cuda.why_not("cross_timestep_attention", "cpu") is None
+    code = "from tiue_kernels import cuda; assert cuda.why_not('cross_timestep_attention', 'cpu') "
+    assert run_python(code + "is None", TIUE_HOST_LIBRARY=str(host_library)).returncode == 0
+    assert run_python(code).returncode == 0  # without it, a reason
+
+
+def test_dispatch_runs_the_host_library(host_library: Path) -> None:
+    code = (
+        "import torch, tiue_kernels\n"
+        "q, k = torch.randn(4, 5, 16), torch.randn(2, 7, 16)\n"
+        "run = lambda: tiue_kernels.functional.cross_timestep_attention(q, k, k, 2)\n"
+        "expected = run()\n"
+        "with tiue_kernels.use_backend('cuda'): actual = run()\n"
+        "torch.testing.assert_close(actual, expected)\n"
+    )
+    done = run_python(code, TIUE_HOST_LIBRARY=str(host_library))
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_divergent_barrier_is_an_error(tmp_path: Path) -> None:
+    """The emulation notices a thread that returns while others wait, and writes out of bounds."""
+    if shutil.which("g++") is None:
+        pytest.skip("no g++")
+    source = tmp_path / "divergent.cpp"
+    source.write_text(
+        '#include "common/device.h"\n#include <cstdio>\n'
+        "struct Params { int waiting; int bytes; };\n"
+        "void kernel(Params p) {\n"
+        "  if (int(threadIdx.x) < p.waiting) __syncthreads();\n"
+        "  tiue::shared_memory()[p.bytes - 1] = 0;\n"
+        "}\n"
+        "int failed(int waiting, int bytes) {\n"
+        "  try { tiue::host::launch(kernel, 2, 64, 16, Params{waiting, bytes}); return 0; }\n"
+        "  catch (const std::runtime_error& error) { std::puts(error.what()); return 1; }\n"
+        "}\n"
+        "int main() { return !(failed(63, 16) && failed(64, 17) && !failed(64, 16)); }\n"
+    )
+    include = [f"-I{ROOT / 'csrc'}", f"-I{build.find_torch() / 'include'}"]
+    flags = ["-std=c++17", "-O1", "-DTIUE_HOST", "-U_FORTIFY_SOURCE"]
+    program = tmp_path / "divergent"
+    subprocess.run(["g++", *flags, *include, str(source), "-o", str(program)], check=True)
+    done = subprocess.run([str(program)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    assert "63 threads wait for their block" in done.stdout
+    assert "behind its 16 bytes" in done.stdout
+
+
+def test_architectures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TIUE_CUDA_ARCHS", raising=False)
+    assert build.architectures() == [
+        "'-gencode=arch=compute_80,code=[sm_80,compute_80]'",
+        "'-gencode=arch=compute_90a,code=[sm_90a]'",
+    ]
+    monkeypatch.setenv("TIUE_CUDA_ARCHS", "86, 120+PTX")
+    assert len(build.architectures()) == 2
+    with pytest.raises(build.BuildError, match="write for instance"):
+        build.architectures("7.0")
+
+
+def test_missing_tools_say_the_cure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    for name in ("CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(build.BuildError, match="CUDA_HOME"):
+        build.find_nvcc()
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    with pytest.raises(build.BuildError, match="pip install ninja"):
+        build.find_ninja()
+
+
+def test_job_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MAX_JOBS", "7")
+    assert build.job_count() == 7
+    monkeypatch.delenv("MAX_JOBS")
+    assert build.job_count() >= 1
+
+
+@pytest.mark.parametrize("cuda_flag", ["0", "1"])
+def test_metadata_needs_no_torch(cuda_flag: str) -> None:
+    pytest.importorskip("setuptools.command.bdist_wheel", reason="setuptools is older than 70")
+    code = (
+        "import sys; sys.modules['torch'] = None; sys.argv = ['setup.py', '--name']; "
+        "import runpy; runpy.run_path('setup.py', run_name='__main__')"
+    )
+    done = run_python(code, TIUE_CUDA=cuda_flag)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().endswith("tiue")

@@ -1,0 +1,130 @@
+"""Norm and pointwise kernels at Stable Diffusion's shapes, to be compiled for absent GPUs.
+
+The launchers are called on meta tensors with the launch replaced by a note of its arguments: what
+is compiled is what a real call would compile, block sizes and specialisation included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from unittest import mock
+
+import torch
+from triton.runtime.jit import JITFunction, mangle_type
+
+from tests.tiue_kernels.triton.compile_kernels import Compilation
+from tiue_kernels.triton import (
+    broadcast_add_group_norm_silu as broadcast_add,
+)
+from tiue_kernels.triton import geglu, noise_kl, one_pass_combine
+from tiue_kernels.triton import (
+    shared_skip_group_norm_silu as shared_skip,
+)
+from tiue_kernels.triton import (
+    timestep_sum_group_norm_silu as timestep_sum,
+)
+
+K, B, GROUPS = 4, 1, 32
+Maps = Callable[..., torch.Tensor]
+
+
+def _shared_skip(maps: Maps, hidden: int, skip: int, size: int) -> None:
+    h, s = maps(K * B, hidden, size, size), maps(B, skip, size, size)
+    norm = (maps(hidden + skip), maps(hidden + skip))
+    *outs, first, second = shared_skip.shared_skip_group_norm_silu_fwd(h, s, GROUPS, *norm, 1e-5)
+    shared_skip.shared_skip_group_norm_silu_bwd(*outs, h, s, GROUPS, *norm, first, second)
+
+
+def _broadcast_add(maps: Maps, channels: int, size: int, scale_shift: bool) -> None:
+    h, s = maps(K * B, channels, size, size), maps(B, channels, size, size)
+    temb = maps(K * B, channels * (2 if scale_shift else 1))
+    norm = (GROUPS, maps(channels), maps(channels))
+    out, stats = broadcast_add.broadcast_add_group_norm_silu_fwd(
+        h, s, temb, *norm, 1e-5, scale_shift
+    )
+    broadcast_add.broadcast_add_group_norm_silu_bwd(out, h, s, temb, *norm, scale_shift, stats)
+
+
+def _timestep_sum(maps: Maps, channels: int, size: int) -> None:
+    h, coefficients = maps(K * B, channels, size, size), maps(K)
+    norm = (GROUPS, maps(channels), maps(channels))
+    out, stats = timestep_sum.timestep_sum_group_norm_silu_fwd(h, coefficients, *norm, 1e-5)
+    timestep_sum.timestep_sum_group_norm_silu_bwd(out, h, coefficients, *norm, stats)
+
+
+def _pointwise(maps: Maps) -> None:
+    x, latents, noise, coefficients = (
+        maps(4096, 2560),
+        maps(1, 4, 64, 64),
+        maps(4, 1, 4, 64, 64),
+        maps(4),
+    )
+    geglu.geglu_bwd(geglu.geglu_fwd(x), x)
+    out = one_pass_combine.one_pass_combine_fwd(latents, noise, 4.2, coefficients)
+    one_pass_combine.one_pass_combine_bwd(out, noise, 4.2, coefficients)
+    kl, moments = noise_kl.noise_kl_fwd(noise)
+    noise_kl.noise_kl_bwd(kl, noise, moments)
+
+
+# Names as of the decoder of Stable Diffusion 1.5 at 512 pixels, or of SDXL at 1024.
+CALLS: dict[str, Callable[[Maps], None]] = {
+    "up0": lambda maps: _shared_skip(maps, 1280, 1280, 8),  # a group a tile
+    "up2-straddling": lambda maps: _shared_skip(maps, 1280, 640, 32),
+    "up3": lambda maps: _shared_skip(maps, 320, 320, 64),
+    "xl-up0": lambda maps: _shared_skip(maps, 1280, 1280, 32),  # 80 channels a group
+    "up1-add": lambda maps: _broadcast_add(maps, 1280, 16, False),
+    "up3-add": lambda maps: _broadcast_add(maps, 320, 64, False),
+    "up2-scale-shift": lambda maps: _broadcast_add(maps, 640, 32, True),
+    "out": lambda maps: _timestep_sum(maps, 320, 64),
+    "out-small": lambda maps: _timestep_sum(maps, 320, 16),
+    "pointwise": _pointwise,
+}
+FORMS = {
+    "f16": (torch.float16, torch.contiguous_format),
+    "f16-nhwc": (torch.float16, torch.channels_last),
+    "f32": (torch.float32, torch.contiguous_format),
+    "f32-nhwc": (torch.float32, torch.channels_last),
+}
+
+
+def compilations() -> dict[str, Compilation]:
+    """Every distinct compilation of the calls, named by the first call that needs it."""
+    found: dict[str, Compilation] = {}
+    for form, (dtype, memory_format) in FORMS.items():
+        for name, call in CALLS.items():
+            if name == "pointwise" and "nhwc" in form:
+                continue
+
+            def maps(*shape: int, dtype=dtype, memory_format=memory_format) -> torch.Tensor:
+                laid = memory_format if len(shape) == 4 else torch.contiguous_format
+                return torch.empty(shape, dtype=dtype, device="meta", memory_format=laid)
+
+            launches: list[Compilation] = []
+
+            def note(kernel, *args, launches=launches, grid=None, warmup=False, **options):
+                launches.append(_compilation(kernel, args, options))
+
+            with mock.patch.object(JITFunction, "run", note):
+                call(maps)
+            for launch in launches:
+                if launch not in found.values():
+                    kernel = launch.kernel.__name__.strip("_").removesuffix("_kernel")
+                    number = sum(key.startswith(f"{name}-{form}-{kernel}") for key in found)
+                    found[f"{name}-{form}-{kernel}" + (f"-{number}" if number else "")] = launch
+    return found
+
+
+def _compilation(kernel: JITFunction, args: tuple, options: dict) -> Compilation:
+    num_warps = options.pop("num_warps", 4)
+    values = dict(zip(kernel.arg_names, args, strict=False)) | options
+    signature, constants, aligned = {}, {}, []
+    for parameter in kernel.params:
+        name, value = parameter.name, values[parameter.name]
+        is_integer = isinstance(value, int) and not isinstance(value, bool)
+        if parameter.is_constexpr or value is None or (is_integer and value == 1):
+            signature[name], constants[name] = "constexpr", value
+            continue
+        signature[name] = mangle_type(value)
+        if is_integer and value % 16 == 0:
+            aligned.append(name)
+    return Compilation(kernel, signature, constants, tuple(aligned), num_warps)

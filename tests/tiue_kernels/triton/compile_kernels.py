@@ -1,0 +1,95 @@
+"""Compiles the Triton kernels for GPUs that are not there and reports what ptxas says of each.
+
+Run as `python -m tests.tiue_kernels.triton.compile_kernels 90 norm [words of a case's name]`, in a
+process without TRITON_INTERPRET: one JSON object a kernel.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import json
+import re
+import sys
+from types import ModuleType
+from typing import NamedTuple
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+
+class Compilation(NamedTuple):
+    """One kernel as a launch would compile it.
+
+    Attributes:
+        kernel: what is compiled.
+        signature: argument to type, "constexpr" for constants.
+        constants: values of those.
+        aligned: arguments that are multiples of 16; pointers are without being named.
+        num_warps: warps a program.
+        num_stages: loads in flight of a pipelined loop.
+    """
+
+    kernel: triton.JITFunction
+    signature: dict[str, str]
+    constants: dict[str, object]
+    aligned: tuple[str, ...]
+    num_warps: int = 4
+    num_stages: int = 3
+
+
+def compiled(case: Compilation, capability: int) -> dict[str, int]:
+    """Registers a thread, bytes of spills and of stack, from the log of ptxas."""
+    names = list(case.signature)
+    aligned = [n for n, kind in case.signature.items() if kind[0] == "*" or n in case.aligned]
+    source = ASTSource(
+        case.kernel,
+        case.signature,
+        case.constants,
+        {(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
+    )
+    log = io.StringIO()
+    with contextlib.redirect_stdout(log):
+        triton.compile(
+            source,
+            target=GPUTarget("cuda", capability, 32),
+            options={"num_warps": case.num_warps, "num_stages": case.num_stages},
+        )
+
+    def figure(pattern: str) -> int:
+        found = re.findall(pattern, log.getvalue())
+        if not found:  # every log has each of them; none is no zero
+            raise RuntimeError(f"ptxas does not say {pattern!r}:\n{log.getvalue()}")
+        return max(map(int, found))
+
+    return {
+        "registers": figure(r"Used (\d+) registers"),
+        "spills": figure(r"(\d+) bytes spill stores"),
+        "stack": figure(r"(\d+) bytes stack frame"),
+    }
+
+
+def compilations(module: ModuleType) -> dict[str, Compilation]:
+    """The cases of a table: of a function, or (kernel, signature, constants, warps, stages)."""
+    if hasattr(module, "compilations"):
+        return module.compilations()
+    cases = {}
+    for name, (kernel, signature, constants, num_warps, num_stages) in module.CASES.items():
+        aligned = module.multiples_of_16(int(name.rpartition("-")[2]))
+        cases[name] = Compilation(kernel, signature, constants, aligned, num_warps, num_stages)
+    return cases
+
+
+def main(capability: int, table: str, *words: str) -> None:
+    triton.knobs.compilation.always_compile = True  # a cached kernel has no log
+    triton.knobs.nvidia.dump_ptxas_log = True
+    module = importlib.import_module(f"tests.tiue_kernels.triton.compile_cases_{table}")
+    for name, case in compilations(module).items():
+        if all(word in name for word in words):
+            print(json.dumps({"case": name, **compiled(case, capability)}), flush=True)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), *sys.argv[2:])

@@ -1,0 +1,186 @@
+"""Compiles csrc: for GPUs with nvcc, or for the host with g++.
+
+`python -m tiue_kernels.cuda.build [--host] [--output FOLDER]` prints the path of the library.
+Imports neither torch nor the package, so that setup.py can load this file by its path.
+"""
+
+import argparse
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+LIBRARY = "libtiue_cuda.so"
+HOST_LIBRARY = "libtiue_host.so"
+# sm_80 also runs on 8.6 and 8.9; its PTX serves GPUs newer than Hopper.
+DEFAULT_ARCHS = "80+PTX;90a"
+GIB_PER_JOB = 3  # nvcc on the largest file takes 2
+# The oldest torch that the library loads beside, whatever the headers it is compiled with.
+TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"
+
+
+class BuildError(RuntimeError):
+    """The build cannot run here; the message says the cure."""
+
+
+def source_folder() -> Path:
+    folder = Path(__file__).resolve().parents[2] / "csrc"
+    if not folder.is_dir():
+        raise BuildError(f"{folder} is missing: build from a source tree, wheels hold no sources")
+    return folder
+
+
+def sources() -> list[Path]:
+    folder = source_folder()
+    return [*sorted(folder.glob("*/*.cu")), folder / "bindings.cpp"]
+
+
+def find_nvcc() -> str:
+    for home in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")):
+        if home and (Path(home) / "bin" / "nvcc").exists():
+            return str(Path(home) / "bin" / "nvcc")
+    found = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+    if found is None:
+        raise BuildError(
+            "TIUE_CUDA=1 compiles CUDA C++, and nvcc was found neither in $CUDA_HOME/bin nor on "
+            "PATH: install the CUDA toolkit (12.4 or newer) or set CUDA_HOME to it, or install "
+            "without TIUE_CUDA, which needs no compiler"
+        )
+    return found
+
+
+def find_ninja() -> str:
+    beside = Path(sys.executable).parent / "ninja"
+    found = str(beside) if beside.exists() else shutil.which("ninja")
+    if found is None:
+        raise BuildError("ninja was not found: pip install ninja")
+    return found
+
+
+def find_torch() -> Path:
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        raise BuildError(
+            "torch's headers are needed: pip install torch (2.11 or newer, a CPU build will do), "
+            "then build with --no-build-isolation"
+        )
+    return Path(spec.origin).parent
+
+
+def architectures(value: str | None = None) -> list[str]:
+    """nvcc's -gencode flags for a list such as "80+PTX;90a" (default: $TIUE_CUDA_ARCHS)."""
+    value = value or os.environ.get("TIUE_CUDA_ARCHS") or DEFAULT_ARCHS
+    flags = []
+    for entry in value.replace(",", ";").split(";"):
+        arch, _, ptx = entry.strip().partition("+")
+        number = arch.rstrip("af")
+        if not number.isdigit() or int(number) < 80 or ptx not in ("", "PTX"):
+            raise BuildError(
+                f"TIUE_CUDA_ARCHS={value!r}: {entry!r} is no architecture of 80 or newer; write "
+                f"for instance {DEFAULT_ARCHS!r}"
+            )
+        code = f"sm_{arch},compute_{arch}" if ptx else f"sm_{arch}"
+        flags.append(f"'-gencode=arch=compute_{arch},code=[{code}]'")
+    return flags
+
+
+def job_count() -> int:
+    """MAX_JOBS, or as many compilers as there are CPUs and free memory for."""
+    if os.environ.get("MAX_JOBS"):
+        return max(1, int(os.environ["MAX_JOBS"]))
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return max(1, cpus // 2)
+    free = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) / 2**20
+    return max(1, min(cpus, int(free / GIB_PER_JOB)))
+
+
+def _rules(host: bool) -> dict[str, str]:
+    torch = find_torch()
+    common = f"-std=c++17 {TORCH_TARGET} -isystem {torch}/include"
+    hidden = "-fPIC -fvisibility=hidden -fvisibility-inlines-hidden"
+    libraries = f"-L{torch}/lib -ltorch -ltorch_cpu"
+    if host:
+        # setjmp and longjmp switch stacks, which fortified builds take for an error.
+        compiler = os.environ.get("CXX", "g++")
+        flags = f"{common} {hidden} -DTIUE_HOST -O2 -U_FORTIFY_SOURCE -Wall -Wno-unknown-pragmas"
+        compile_cuda = compile_cpp = f"{compiler} {flags} -MMD -MF $out.d -x c++ -c $in -o $out"
+        return {
+            "cuda": compile_cuda,
+            "cpp": compile_cpp,
+            "link": f"{compiler} -shared $in -o $out {libraries}",
+        }
+    nvcc = find_nvcc()
+    options = f"--compiler-options '{hidden} -Wall' -O3"
+    archs = " ".join(architectures())
+    compile_flags = f"{common} {options} -cudart static -Xptxas -v -MD -MF $out.d"
+    return {
+        # The log of each file stays beside its object: tests read register counts from it.
+        "cuda": f"{nvcc} {compile_flags} {archs} -c $in -o $out 2> $out.log"
+        " || (cat $out.log; false)",
+        "cpp": f"{nvcc} -x c++ {common} {options} -MD -MF $out.d -c $in -o $out",
+        "link": f"{nvcc} -shared -cudart static {archs} $in -o $out {libraries} -ldl",
+    }
+
+
+def build(output: Path, host: bool = False, objects: Path | None = None) -> Path:
+    """Compile what has changed and return the library's path.
+
+    Args:
+        output: folder of the library.
+        host: compile for the CPU with g++ instead of for GPUs with nvcc.
+        objects: folder of objects and logs; by default `cuda` or `host` in the cache folder.
+
+    Raises:
+        BuildError: a tool is missing, or the compiler refuses.
+    """
+    rules = _rules(host)
+    work = objects or cache_folder() / ("host" if host else "cuda")
+    output.mkdir(parents=True, exist_ok=True)
+    work.mkdir(parents=True, exist_ok=True)
+    library = output.resolve() / (HOST_LIBRARY if host else LIBRARY)
+    lines = []
+    for name, command in rules.items():
+        depends = "" if name == "link" else "\n  depfile = $out.d\n  deps = gcc"
+        lines.append(f"rule {name}\n  command = {command}{depends}")
+    compiled = []
+    for source in sources():
+        compiled.append(f"{source.parent.name}_{source.stem}.o")
+        rule = "cuda" if source.suffix == ".cu" else "cpp"
+        lines.append(f"build {compiled[-1]}: {rule} {source}")
+    lines.append(f"build {library}: link {' '.join(compiled)}\n")
+    (work / "build.ninja").write_text("\n".join(lines))
+    done = subprocess.run(
+        [find_ninja(), "-C", str(work), "-j", str(job_count())], capture_output=True, text=True
+    )
+    if done.returncode:
+        raise BuildError(f"csrc does not compile:\n{done.stdout[-8000:]}{done.stderr[-2000:]}")
+    return library
+
+
+def cache_folder() -> Path:
+    """Where the host library is kept between runs: one folder a checkout."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    name = hashlib.sha256(str(source_folder()).encode()).hexdigest()[:12]
+    return Path(base) / "tiue_kernels" / name
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--host", action="store_true", help="for the CPU, with g++: for tests")
+    parser.add_argument("--output", type=Path, help="folder of the library")
+    arguments = parser.parse_args()
+    folder = arguments.output or (cache_folder() if arguments.host else Path(__file__).parent)
+    try:
+        print(build(folder, arguments.host))
+    except BuildError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
