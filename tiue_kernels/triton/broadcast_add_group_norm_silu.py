@@ -180,7 +180,7 @@ def _sums_kernel(
     place = sums_ptr + (row.to(tl.int64) * channels + offs_c) * splits + split
     tl.store(place, tl.sum(grad, axis=1), mask=mask_c)
     tl.store(place + plane, tl.sum(grad * normal, axis=1), mask=mask_c)
-    tl.store(place + 2 * plane, tl.sum(normal, axis=1), mask=mask_c)
+    tl.store(place + plane + plane, tl.sum(normal, axis=1), mask=mask_c)
 
 
 # One program owns a tile of one sample and walks its K rows, so that the gradient of `shared` is
@@ -248,7 +248,7 @@ def _backward_kernel(
         else:
             grad_sum = tl.load(sums_ptr + place, mask=mask_c, other=0.0)
             product_sum = tl.load(sums_ptr + plane + place, mask=mask_c, other=0.0)
-            normal_sum = tl.load(sums_ptr + 2 * plane + place, mask=mask_c, other=0.0)
+            normal_sum = tl.load(sums_ptr + plane + plane + place, mask=mask_c, other=0.0)
 
         constant, factor = group_terms(grad_sum, product_sum, weight, member, count)
         slope = weight[:, None] * grad - constant[:, None] - factor[:, None] * normal

@@ -149,7 +149,7 @@ def _backward_kernel(
         sums = sums_ptr + place * splits + split
         tl.store(sums, grad_sum, mask=mask_c)
         tl.store(sums + plane, product_sum, mask=mask_c)
-        tl.store(sums + 2 * plane, tl.sum(grad_out * silu(z), axis=1), mask=mask_c)
+        tl.store(sums + plane + plane, tl.sum(grad_out * silu(z), axis=1), mask=mask_c)
     else:
         grad_sum = tl.load(sums_ptr + place, mask=mask_c, other=0.0)
         product_sum = tl.load(sums_ptr + plane + place, mask=mask_c, other=0.0)

@@ -12,7 +12,6 @@ import io
 import json
 import re
 import sys
-from types import ModuleType
 from typing import NamedTuple
 
 import triton
@@ -71,22 +70,11 @@ def compiled(case: Compilation, capability: int) -> dict[str, int]:
     }
 
 
-def compilations(module: ModuleType) -> dict[str, Compilation]:
-    """The cases of a table: of a function, or (kernel, signature, constants, warps, stages)."""
-    if hasattr(module, "compilations"):
-        return module.compilations()
-    cases = {}
-    for name, (kernel, signature, constants, num_warps, num_stages) in module.CASES.items():
-        aligned = module.multiples_of_16(int(name.rpartition("-")[2]))
-        cases[name] = Compilation(kernel, signature, constants, aligned, num_warps, num_stages)
-    return cases
-
-
 def main(capability: int, table: str, *words: str) -> None:
     triton.knobs.compilation.always_compile = True  # a cached kernel has no log
     triton.knobs.nvidia.dump_ptxas_log = True
     module = importlib.import_module(f"tests.tiue_kernels.triton.compile_cases_{table}")
-    for name, case in compilations(module).items():
+    for name, case in module.compilations().items():
         if all(word in name for word in words):
             print(json.dumps({"case": name, **compiled(case, capability)}), flush=True)
 

@@ -24,6 +24,8 @@ class Case:
         textbook: (*maps, *parameters) to outputs, by autograd.
         launch: (module, *maps, *parameters) to outputs and a function from output gradients to
             the gradients of (*maps, *parameters).
+        mean: of the maps. A float32 mean of 100 is off by up to 3.8e-6, which shifts all values of
+            a group alike: at most 2^-24 of it is allowed beside the rounding of the results.
     """
 
     operator: str
@@ -31,6 +33,7 @@ class Case:
     parameters: Tensors
     textbook: Callable[..., Tensors]
     launch: Callable[..., tuple[Tensors, Callable[..., Tensors]]]
+    mean: float = 0.0
 
 
 def noise(*shape: int, seed: int = 0, mean: float = 0.0) -> torch.Tensor:
@@ -72,7 +75,7 @@ def shared_skip(
         noise(batch, skip, *size, seed=1, mean=mean),
     )
     parameters = (noise(channels), noise(channels, seed=1))
-    return Case("shared_skip_group_norm_silu", maps, parameters, textbook, launch)
+    return Case("shared_skip_group_norm_silu", maps, parameters, textbook, launch, mean)
 
 
 def broadcast_add(
@@ -122,7 +125,7 @@ def broadcast_add(
     maps = (*hidden, noise(batch, channels, *size, seed=1, mean=mean))
     temb = noise(timesteps * batch, channels * (2 if scale_shift else 1), seed=2)
     parameters = (temb, noise(channels), noise(channels, seed=1))
-    return Case("broadcast_add_group_norm_silu", maps, parameters, textbook, launch)
+    return Case("broadcast_add_group_norm_silu", maps, parameters, textbook, launch, mean)
 
 
 def timestep_sum(
@@ -148,7 +151,7 @@ def timestep_sum(
 
     maps = (noise(timesteps * batch, channels, *size, mean=mean),)
     parameters = (noise(timesteps), noise(channels), noise(channels, seed=1))
-    return Case("timestep_sum_group_norm_silu", maps, parameters, textbook, launch)
+    return Case("timestep_sum_group_norm_silu", maps, parameters, textbook, launch, mean)
 
 
 def combine(timesteps: int, *shape: int) -> Case:
@@ -195,7 +198,7 @@ CASES: dict[str, Case] = {
     "skip-group-a-channel": shared_skip(1, 2, 3, 5, 8, (3, 5)),
     "skip-one-pixel": shared_skip(4, 1, 7, 8, 5, (1, 1)),
     "skip-only-hidden": shared_skip(1, 1, 6, 0, 2, (4, 4)),
-    "skip-mean-100": shared_skip(2, 1, 10, 10, 4, (5, 6), mean=100.0),
+    "skip-mean-100": shared_skip(2, 1, 10, 10, 4, (4, 5), mean=100.0),
     "skip-empty": shared_skip(3, 0, 6, 6, 3, (2, 3)),
     "add": broadcast_add(2, 3, 6, 2, (3, 5)),
     "add-no-hidden": broadcast_add(4, 2, 10, 2, (2, 3), with_hidden=False),
@@ -203,12 +206,12 @@ CASES: dict[str, Case] = {
     "add-scale-shift-no-hidden": broadcast_add(1, 2, 6, 3, (3, 4), False, True),
     "add-group-a-channel": broadcast_add(1, 1, 5, 5, (4, 4)),
     "add-one-pixel": broadcast_add(2, 3, 12, 4, (1, 1)),
-    "add-mean-100": broadcast_add(2, 1, 10, 2, (5, 6), mean=100.0),
+    "add-mean-100": broadcast_add(2, 1, 10, 2, (4, 5), mean=100.0),
     "add-empty": broadcast_add(3, 0, 6, 2, (3, 4)),
     "sum": timestep_sum(2, 3, 6, 2, (3, 5)),
     "sum-of-one": timestep_sum(1, 2, 10, 1, (3, 4)),
     "sum-of-four": timestep_sum(4, 1, 12, 4, (1, 1)),
-    "sum-mean-100": timestep_sum(2, 1, 10, 2, (5, 6), mean=100.0),
+    "sum-mean-100": timestep_sum(2, 1, 10, 2, (4, 5), mean=100.0),
     "sum-empty": timestep_sum(3, 0, 6, 2, (3, 4)),
     "combine": combine(4, 2, 4, 3, 3),
     "combine-one": combine(1, 1, 5),

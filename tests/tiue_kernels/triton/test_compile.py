@@ -13,12 +13,15 @@ import pytest
 pytest.importorskip("triton")
 
 ROOT = Path(__file__).parents[3]
-# Compute capability, table of cases, words of the names: every form on sm_90, the half type on all.
+# Compute capability, table of cases, part of their names: norms in every form on sm_90, in half on all.
 RUNS = [
     (80, "norm", "f16"),
     (90, "norm", "f16"),
     (90, "norm", "f32"),
     (100, "norm", "f16"),
+    (80, "attention", ""),
+    (90, "attention", ""),
+    (100, "attention", ""),
 ]
 # (capability, case) to bytes a thread. In each, ptxas stops by itself at 64 or 128 registers, for
 # four or two programs of 8 warps a processor, and spills two words where it could take more.

@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from tests.tiue_kernels.triton.norm_cases import CASES, Case, Tensors, noise
+from tests.tolerances import ROUNDING_FLOORS
 
 FENCE = 64  # elements on each side
-FLOORS = {torch.float64: 1e-12, torch.float32: 2**-22, torch.float16: 2**-10, torch.bfloat16: 2**-7}
 # Dtype of the maps, dtype of the parameters, layout: each of them once a case, not their product,
 # which takes minutes in the interpreter.
 FORMS = {
@@ -36,7 +36,7 @@ def backend(request, monkeypatch) -> str:
     group_norm = pytest.importorskip("tiue_kernels.triton.group_norm")
     if request.param == "triton-split":  # several tiles a group even for these small maps
         monkeypatch.setattr(group_norm, "WHOLE_TILE", 0)
-        monkeypatch.setattr(group_norm, "SPLIT_TILE", 32)
+        monkeypatch.setattr(group_norm, "SPLIT_TILE", 64)
     return "triton"
 
 
@@ -135,7 +135,8 @@ def test_error_is_at_most_twice_that_of_torch(name, form, backend, fences):
             assert value.shape == (naive.shape if naive is not None else value.shape)
             continue
         assert value.shape == reference.shape, key
-        floor = FLOORS[value.dtype] * max(1.0, reference.abs().max().item())
+        floor = ROUNDING_FLOORS[value.dtype] + 2**-24 * case.mean
+        floor *= max(1.0, reference.abs().max().item())
         error = (value.double() - reference).abs().max().item()
         allowed = 2 * (naive.double() - reference).abs().max().item() + floor
         errors[key] = (error, allowed)
@@ -145,10 +146,8 @@ def test_error_is_at_most_twice_that_of_torch(name, form, backend, fences):
         assert buffer[FENCE + written :].isnan().all()
 
 
-@pytest.mark.parametrize("backend", ["triton", "triton-split"], indirect=True)
-@pytest.mark.parametrize(
-    "name", ["skip-straddling", "add", "sum-of-four", "combine", "kl", "geglu"]
-)
+@pytest.mark.parametrize("backend", ["triton-split"], indirect=True)
+@pytest.mark.parametrize("name", ["skip-straddling", "add", "sum", "combine", "kl", "geglu"])
 def test_the_same_input_gives_the_same_bits(name, backend):
     case = CASES[name]
     tensors, grads = inputs_of(case, "f32")
