@@ -81,7 +81,7 @@ def race(request, unet, latent_size, device, dtype) -> Race:
         "published": partial(published_form.one_pass, unet, scheduler, NUM_DECODER_STEPS, **inputs),
         "tiue": partial(TiUEUNet.from_unet(unet).one_pass, schedule=schedule, **inputs),
     }
-    # The call that is compared is also the warm-up: it fills the cache of split weights.
+    # The call that is compared is also the warm-up.
     difference = assert_equal_forms({form: rivals[form]() for form in FORMS}, unet, inputs)
     model = request.config.getoption("--bench-model")
     return Race(

@@ -53,7 +53,7 @@ class AutoencoderConfig:
 class DecoderConfig:
     """The decoder's further training, on whole pictures and the encoder's final latents."""
 
-    steps: int = 6000
+    steps: int = 3000
     batch_size: int = 8
     learning_rate: float = 1e-3
     warmup_steps: int = 100
@@ -66,7 +66,7 @@ class DecoderConfig:
 class TeacherConfig:
     """The latent diffusion teacher: UNet and text encoder, trained together on prompts."""
 
-    steps: int = 2600
+    steps: int = 6500
     batch_size: int = 64
     learning_rate: float = 1e-3
     warmup_steps: int = 200
@@ -90,7 +90,7 @@ class StudentConfig:
     """The distillation of the teacher by `tiue.distill`."""
 
     num_decoder_steps: int = 4
-    steps: int = 450
+    steps: int = 600
     batch_size: int = 16  # of each process
     learning_rate: float = 3e-4
     guidance_scale: float = 2.0

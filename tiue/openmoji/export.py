@@ -36,6 +36,7 @@ def export_weights(work: Path, output: Path) -> None:
     pipeline = StableDiffusionPipeline.from_pretrained(source, vae=vae, torch_dtype=torch.float16)
     with _Replacing(output / "teacher") as folder:
         pipeline.save_pretrained(folder)
+        _forget_origin(folder)
 
     source = student_folder(work, StudentConfig.num_decoder_steps)
     if not (source / "unet").is_dir():
@@ -50,6 +51,15 @@ def export_weights(work: Path, output: Path) -> None:
             "unet": ["tiue", "TiUEUNet"],
         }
         (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+        _forget_origin(folder)
+
+
+def _forget_origin(folder: Path) -> None:
+    """Takes the folders of the training machine out of every configuration."""
+    for path in folder.rglob("*.json"):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content.pop("_name_or_path", None) is not None:
+            path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 class _Replacing:

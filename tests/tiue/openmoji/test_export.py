@@ -51,6 +51,16 @@ def test_exported_folders_hold_float16_and_load_in_float32(work, tmp_path):
         torch.testing.assert_close(value, trained.state_dict()[name].half().float(), msg=name)
 
 
+def test_no_configuration_names_the_folder_it_was_trained_in(work, tmp_path):
+    weights = tmp_path / "weights"
+    export_weights(work, weights)
+    configurations = list(weights.rglob("*.json"))
+    assert configurations
+    for path in configurations:
+        assert "_name_or_path" not in path.read_text(encoding="utf-8")
+        assert str(work) not in path.read_text(encoding="utf-8")
+
+
 def test_the_exported_decoder_is_the_further_trained_one(work, tmp_path):
     export_weights(work, tmp_path)
     exported = load_file(tmp_path / "teacher/vae/diffusion_pytorch_model.safetensors")
