@@ -13,7 +13,7 @@ import pytest
 pytest.importorskip("triton")
 
 ROOT = Path(__file__).parents[3]
-# Compute capability, table of cases, part of their names: norms in every form on sm_90, in half on all.
+# Compute capability, table of cases, part of their names. Norms: every form on sm_90, half on all.
 RUNS = [
     (80, "norm", "f16"),
     (90, "norm", "f16"),
@@ -32,6 +32,7 @@ ALLOWED = {
 }
 
 
+@pytest.mark.timeout(900)  # a minute each on an idle core
 @pytest.mark.parametrize(("capability", "table", "words"), RUNS)
 def test_kernels_compile_without_spills(capability, table, words, tmp_path):
     # Compiled kernels cannot be had in a process whose triton interprets.
