@@ -299,8 +299,15 @@ def _feed_forward(feed_forward: Any, tokens: torch.Tensor) -> torch.Tensor:
     """[..., C] -> [..., C]."""
     if not (is_plain(feed_forward, FeedForward) and is_plain(feed_forward.net[0], GEGLU)):
         return feed_forward(tokens)
-    gate, *rest = feed_forward.net
-    tokens = functional.geglu(gate.proj(tokens))
+    gate, dropout, *rest = feed_forward.net
+    idle = is_plain(dropout, nn.Dropout) and (dropout.p == 0 or not dropout.training)
+    if idle and is_plain(gate.proj, nn.Linear) and is_plain(rest[0], nn.Linear):
+        linear, *rest = rest
+        tokens = functional.geglu_feed_forward(
+            tokens, gate.proj.weight, gate.proj.bias, linear.weight, linear.bias
+        )
+    else:
+        tokens = dropout(functional.geglu(gate.proj(tokens)))
     for layer in rest:
         tokens = layer(tokens)
     return tokens

@@ -12,6 +12,7 @@ from tiue_kernels import convolution
 from tiue_kernels.reference.broadcast_add_group_norm_silu import broadcast_add_group_norm_silu_fwd
 from tiue_kernels.reference.cross_timestep_attention import cross_timestep_attention_fwd
 from tiue_kernels.reference.geglu import geglu_fwd
+from tiue_kernels.reference.geglu_feed_forward import geglu_feed_forward_fwd
 from tiue_kernels.reference.noise_kl import noise_kl_fwd
 from tiue_kernels.reference.one_pass_combine import one_pass_combine_fwd
 from tiue_kernels.reference.shared_skip_group_norm_silu import shared_skip_group_norm_silu_fwd
@@ -239,6 +240,41 @@ def geglu(x: torch.Tensor) -> torch.Tensor:
     if x.shape[-1] % 2:
         raise ValueError(f"geglu halves the last axis, which is odd: {x.shape[-1]}")
     return geglu_fwd(x)
+
+
+def geglu_feed_forward(
+    x: torch.Tensor,
+    projection_weight: torch.Tensor,
+    projection_bias: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """linear(geglu(linear(x))): a transformer block's feed-forward.
+
+    Args:
+        x: [..., C], two axes at least.
+        projection_weight: [2 D, C].
+        projection_bias: [2 D].
+        weight: [C_out, D].
+        bias: [C_out].
+
+    Returns:
+        [..., C_out].
+
+    Raises:
+        ValueError: the shapes do not fit together.
+    """
+    if x.ndim < 2 or projection_weight.shape[1:] != x.shape[-1:]:
+        raise ValueError(
+            f"projection_weight must be [2 D, C] for x [..., C] of {tuple(x.shape)}, got "
+            f"{tuple(projection_weight.shape)}"
+        )
+    if weight.ndim != 2 or 2 * weight.shape[1] != projection_weight.shape[0]:
+        raise ValueError(
+            f"weight must be [C_out, D], half the {projection_weight.shape[0]} rows of "
+            f"projection_weight, got {tuple(weight.shape)}"
+        )
+    return geglu_feed_forward_fwd(x, projection_weight, projection_bias, weight, bias)
 
 
 def upsample_conv2d(
