@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from tests.tolerances import EXACT_RELATIVE, relative_error
 from tiue_kernels import functional
 from tiue_kernels.convolution import MOST_PIXELS
+from tiue_kernels.ops.geglu_feed_forward import CHUNK
 from tiue_kernels.reference.upsample_conv2d import LEAST_PIXELS
 
 Tensors = tuple[torch.Tensor, ...]
@@ -71,6 +72,19 @@ def test_shared_skip_group_norm_silu(split: str, timesteps: int) -> None:
         noise(channels),
         noise(channels, seed=1),
     )
+
+
+def test_geglu_feed_forward() -> None:
+    def textbook(x, up, up_bias, down, down_bias) -> Tensors:
+        first, second = F.linear(x, up, up_bias).chunk(2, dim=-1)
+        return (F.linear(first * F.gelu(second), down, down_bias),)
+
+    tokens = CHUNK // 2 + 1  # two rows of them: more than a chunk, and no whole number of chunks
+    tensors = (noise(2, tokens, 3), noise(8, 3), noise(8), noise(5, 4), noise(5))
+    check(lambda *t: (functional.geglu_feed_forward(*t),), textbook, *tensors)
+    with torch.no_grad():
+        out = functional.geglu_feed_forward(*tensors)
+    assert relative_error(out, textbook(*tensors)[0]) <= EXACT_RELATIVE
 
 
 @pytest.mark.parametrize("size", [3, 16])

@@ -203,7 +203,7 @@ def geglu_feed_forward(
     """
     checks = Checks("geglu_feed_forward")
     checks.require(
-        projection_weight.ndim == 2 and projection_weight.shape[1] == x.shape[-1],
+        x.ndim > 1 and projection_weight.ndim == 2 and projection_weight.shape[1] == x.shape[-1],
         f"projection_weight must be [2 D, {x.shape[-1]}], got {tuple(projection_weight.shape)}",
     )
     checks.require(
@@ -226,6 +226,5 @@ def geglu_feed_forward(
         weight=weight,
         bias=bias,
     )
-    return ops.geglu_feed_forward.forward(
-        x, norm_weight, norm_bias, eps, *linear, not recompute_projection
-    )[0]
+    keep = torch.is_grad_enabled() and not recompute_projection
+    return ops.geglu_feed_forward.forward(x, norm_weight, norm_bias, eps, *linear, keep)[0]
