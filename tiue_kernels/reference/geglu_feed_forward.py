@@ -17,11 +17,14 @@ def geglu_feed_forward_fwd(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
+    def run(tokens: torch.Tensor) -> torch.Tensor:
+        return F.linear(
+            geglu_fwd(F.linear(tokens, projection_weight, projection_bias)), weight, bias
+        )
+
+    # A compiled graph would hold every chunk apart, and one more for each size of a batch.
+    in_one_piece = torch.is_grad_enabled() or torch.compiler.is_compiling()
     tokens = x.flatten(0, -2)
-    if x.device.type != "cpu" or torch.is_grad_enabled() or len(tokens) <= CHUNK:
-        return F.linear(geglu_fwd(F.linear(x, projection_weight, projection_bias)), weight, bias)
-    chunks = [
-        F.linear(geglu_fwd(F.linear(chunk, projection_weight, projection_bias)), weight, bias)
-        for chunk in tokens.split(CHUNK)
-    ]
-    return torch.cat(chunks).view(*x.shape[:-1], weight.shape[0])
+    if in_one_piece or x.device.type != "cpu" or len(tokens) <= CHUNK:
+        return run(x)
+    return torch.cat([run(chunk) for chunk in tokens.split(CHUNK)]).view(*x.shape[:-1], -1)
