@@ -1,8 +1,8 @@
 """The up blocks for K timesteps over shared encoder features, taken apart as far as is exact.
 
-Every piece is one of diffusers' own modules. A piece is taken apart only when it is plain: of the
-exact class, without hooks, called through its own `forward`. Anything that an adapter wraps is
-called whole, over repeated shared tensors: right, only slower, and said once in the log.
+A block is taken apart, into the block functions of `tiue_kernels.functional`, only when it is
+plain: of a class that they stand for, without hooks, called through its own `forward`. Any other
+is called whole, over repeated shared tensors: right, only slower, and said once in the log.
 """
 
 from collections.abc import Callable
@@ -11,20 +11,17 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from diffusers.models.activations import GEGLU
-from diffusers.models.attention import BasicTransformerBlock, FeedForward
-from diffusers.models.attention_processor import Attention, AttnProcessor2_0
-from diffusers.models.resnet import ResnetBlock2D
-from diffusers.models.transformers.transformer_2d import Transformer2DModel
-from diffusers.models.unets.unet_2d_blocks import CrossAttnUpBlock2D, UpBlock2D
-from diffusers.models.upsampling import Upsample2D
-from diffusers.utils import logging
 from torch import nn
 
 from tiue_kernels import functional
-
-logger = logging.get_logger(__name__)
-_told: set[str] = set()
+from tiue_kernels.layers import (
+    is_affine_group_norm,
+    is_plain,
+    is_plain_conv,
+    repeat_rows,
+    tell_once,
+)
+from tiue_kernels.nn import FusedBasicTransformerBlock, FusedResnetBlock2D, FusedUpsample2D
 
 
 @dataclass
@@ -61,37 +58,20 @@ class SharedContext:
         }
 
 
-@dataclass
-class Rows:
-    """A feature map on its way through the decoder.
-
-    Attributes:
-        value: [B, C, H, W] while no timestep differs, [K*B, C, H, W] after.
-        shared: whether it still has B rows.
-    """
-
-    value: torch.Tensor
-    shared: bool
-
-    def repeated(self, timesteps: int) -> torch.Tensor:
-        """[K*B, C, H, W]."""
-        return repeat_rows(self.value, timesteps) if self.shared else self.value
-
-
 def decode_up_block(
     block: Any,
-    rows: Rows,
+    hidden: torch.Tensor,
     skips: tuple[torch.Tensor, ...],
     time_embedding: torch.Tensor,
     context: SharedContext,
     upsample_size: torch.Size | None,
-) -> Rows:
+) -> torch.Tensor:
     """Run one up block for K timesteps.
 
     Args:
         block: an up block of diffusers.
-        rows: what the block before gave.
-        skips: the block's encoder features [B, C_s, H, W], in the encoder's order.
+        hidden: what the block before gave: [K*B, C, h, w], or [B, C, h, w] after the encoder.
+        skips: the block's encoder features [B, C_s, h, w], in the encoder's order.
         time_embedding: [K*B, E].
         context: text, masks and adapter arguments.
         upsample_size: height and width to upsample to, where they are no exact double.
@@ -101,123 +81,42 @@ def decode_up_block(
     """
     timesteps = context.timesteps
     freeu = all(getattr(block, name, None) for name in ("s1", "s2", "b1", "b2"))
-    if freeu or not is_plain(block, UpBlock2D, CrossAttnUpBlock2D):
-        _tell_once(block)
+    if freeu or not is_plain(block, "UpBlock2D", "CrossAttnUpBlock2D"):
+        tell_once(block)
         arguments = context.repeated if getattr(block, "has_cross_attention", False) else {}
-        out = block(
-            hidden_states=rows.repeated(timesteps),
+        return block(
+            hidden_states=_all_rows(hidden, time_embedding),
             temb=time_embedding,
             res_hidden_states_tuple=repeat_rows(skips, timesteps),
             upsample_size=upsample_size,
             **arguments,
         )
-        return Rows(out, shared=False)
 
     checkpointing = torch.is_grad_enabled() and block.gradient_checkpointing
     run = block._gradient_checkpointing_func if checkpointing else _call
     attentions = getattr(block, "attentions", [None] * len(block.resnets))
-    hidden = rows
     for resnet, attention, skip in zip(block.resnets, attentions, reversed(skips), strict=True):
-        value = run(_decode_resnet, resnet, hidden.value, hidden.shared, skip, time_embedding)
+        hidden = run(_decode_resnet, resnet, hidden, skip, time_embedding)
         if attention is not None:
-            value = _decode_transformer(attention, value, context)
-        hidden = Rows(value, shared=False)
+            hidden = _decode_transformer(attention, hidden, context)
 
-    value = hidden.value
     for upsampler in block.upsamplers or ():
-        value = _upsample(upsampler, value, upsample_size)
-    return Rows(value, shared=False)
+        if FusedUpsample2D.stands_for(upsampler):
+            hidden = functional.upsampler(upsampler, hidden, upsample_size)
+        else:
+            hidden = upsampler(hidden, upsample_size)
+    return hidden
 
 
 def _decode_resnet(
-    resnet: Any,
-    hidden: torch.Tensor,
-    shared: bool,
-    skip: torch.Tensor,
-    time_embedding: torch.Tensor,
+    resnet: Any, hidden: torch.Tensor, skip: torch.Tensor, time_embedding: torch.Tensor
 ) -> torch.Tensor:
-    """[K*B or B (shared), C_h, H, W] and skip [B, C_s, H, W] -> [K*B, C_out, H, W]."""
-    timesteps = time_embedding.shape[0] // max(skip.shape[0], 1)
-    if not _is_separable(resnet):
-        _tell_once(resnet)
-        rows = repeat_rows(hidden, timesteps) if shared else hidden
-        return resnet(torch.cat([rows, repeat_rows(skip, timesteps)], dim=1), time_embedding)
-
-    norm1, conv1, shortcut = resnet.norm1, resnet.conv1, resnet.conv_shortcut
-    residual: tuple[torch.Tensor | None, torch.Tensor]
-    conv_hidden: torch.Tensor | None = None
-    if shared:  # saving 1: the rows part only where the time embedding is added
-        joined = torch.cat([hidden, skip], dim=1)
-        conv_shared = functional.group_norm_silu_conv2d(
-            joined, *_norm(norm1), conv1.weight, conv1.bias, norm1.eps, conv1.padding
-        )
-        residual = (None, _conv2d(shortcut, joined))
-    else:  # saving 2: the skip's half of every convolution once
-        conv_hidden, conv_shared = functional.shared_skip_group_norm_silu_conv2d(
-            hidden, skip, *_norm(norm1), conv1.weight, conv1.bias, norm1.eps, conv1.padding
-        )
-        residual = functional.split_conv2d(hidden, skip, shortcut.weight, shortcut.bias)
-
-    if not resnet.skip_time_act:
-        time_embedding = resnet.nonlinearity(time_embedding)
-    out = _norm_conv2(resnet, conv_hidden, conv_shared, resnet.time_emb_proj(time_embedding))
-    residual_hidden, residual_shared = residual
-    if residual_hidden is not None:
-        out = out + residual_hidden
-    out = (out.unflatten(0, (timesteps, skip.shape[0])) + residual_shared).flatten(0, 1)
-    return out if resnet.output_scale_factor == 1.0 else out / resnet.output_scale_factor
-
-
-def _norm_conv2(
-    resnet: Any, hidden: torch.Tensor | None, shared: torch.Tensor, time_embedding: torch.Tensor
-) -> torch.Tensor:
-    """The second half of a resnet: sum, norm, SiLU, dropout, convolution."""
-    norm, conv = resnet.norm2, resnet.conv2
-    scale_shift = resnet.time_embedding_norm == "scale_shift"
-    inputs = (hidden, shared, time_embedding, *_norm(norm))
-    if is_plain_conv(conv) and _is_idle(resnet.dropout):
-        return functional.broadcast_add_group_norm_silu_conv2d(
-            *inputs, conv.weight, conv.bias, norm.eps, scale_shift, conv.padding
-        )
-    out = functional.broadcast_add_group_norm_silu(*inputs, norm.eps, scale_shift)
-    return _conv2d(conv, resnet.dropout(out))
-
-
-def _norm(norm: Any) -> tuple[int, torch.Tensor, torch.Tensor]:
-    return norm.num_groups, norm.weight, norm.bias
-
-
-def _upsample(
-    upsampler: Any, hidden: torch.Tensor, upsample_size: torch.Size | None
-) -> torch.Tensor:
-    """[K*B, C, H, W] -> [K*B, C, 2 H, 2 W], or `upsample_size` where that is no exact double."""
-    height, width = hidden.shape[2:]
-    if (
-        upsample_size not in (None, (2 * height, 2 * width))
-        or not is_plain(upsampler, Upsample2D)
-        or not (upsampler.use_conv and upsampler.interpolate and upsampler.name == "conv")
-        or upsampler.use_conv_transpose
-        or upsampler.norm is not None
-        or not is_plain_conv(upsampler.conv)
-        or upsampler.conv.kernel_size != (3, 3)
-    ):
-        return upsampler(hidden, upsample_size)
-    return functional.upsample_conv2d(hidden, upsampler.conv.weight, upsampler.conv.bias)
-
-
-def _is_separable(resnet: Any) -> bool:
-    """Whether norm, convolution and shortcut of a resnet can be split at the skip's border."""
-    return (
-        is_plain(resnet, ResnetBlock2D)
-        and resnet.upsample is None
-        and resnet.downsample is None
-        and resnet.time_emb_proj is not None
-        and is_plain(resnet.nonlinearity, nn.SiLU)
-        and all(
-            is_plain(norm, nn.GroupNorm) and norm.affine for norm in (resnet.norm1, resnet.norm2)
-        )
-        and all(is_plain_conv(conv) for conv in (resnet.conv1, resnet.conv_shortcut))
-    )
+    """hidden of K*B or B rows and skip [B, C_s, H, W] -> [K*B, C_out, H, W]."""
+    if FusedResnetBlock2D.stands_for(resnet):
+        return functional.resnet_block(resnet, hidden, time_embedding, skip)
+    tell_once(resnet)
+    rows = _all_rows(hidden, time_embedding)
+    return resnet(torch.cat([rows, _all_rows(skip, time_embedding)], dim=1), time_embedding)
 
 
 def _decode_transformer(
@@ -225,9 +124,9 @@ def _decode_transformer(
 ) -> torch.Tensor:
     """[K*B, C, H, W] -> [K*B, C, H, W], text keys and values once for all timesteps."""
     kwargs = context.cross_attention_kwargs
-    plain = is_plain(transformer, Transformer2DModel) and transformer.is_input_continuous
+    plain = is_plain(transformer, "Transformer2DModel") and transformer.is_input_continuous
     if kwargs or not plain:
-        _tell_once(transformer)
+        tell_once(transformer)
         return transformer(hidden, **context.repeated, return_dict=False)[0]
 
     rows, _, height, width = hidden.shape
@@ -247,10 +146,12 @@ def _tokens(transformer: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, int]:
     is_matrix = is_plain(project, nn.Linear) or (
         is_plain_conv(project) and project.kernel_size == (1, 1) and set(project.padding) == {0}
     )
-    if not (is_matrix and is_plain(norm, nn.GroupNorm) and norm.affine):
+    if not (is_matrix and is_affine_group_norm(norm)):
         return transformer._operate_on_continuous_inputs(hidden)
     weight = project.weight.flatten(1)
-    tokens = functional.group_norm_linear(hidden, *_norm(norm), weight, project.bias, norm.eps)
+    tokens = functional.group_norm_linear(
+        hidden, norm.num_groups, norm.weight, norm.bias, weight, project.bias, norm.eps
+    )
     return tokens, weight.shape[0]
 
 
@@ -258,191 +159,23 @@ def _decode_transformer_block(
     block: Any, tokens: torch.Tensor, context: SharedContext
 ) -> torch.Tensor:
     """[K*B, H*W, C] -> [K*B, H*W, C]."""
-    if not _is_layer_norm_block(block):
-        _tell_once(block)
+    if not FusedBasicTransformerBlock.stands_for(block):
+        tell_once(block)
         return block(tokens, **context.repeated)
-
-    tokens = _self_attention(block.norm1, block.attn1, tokens, context) + tokens
-    tokens = _cross_attention(block.norm2, block.attn2, tokens, context) + tokens
-    return _feed_forward(block.norm3, block.ff, tokens, context.recompute_feed_forward) + tokens
-
-
-def _is_layer_norm_block(block: Any) -> bool:
-    return (
-        is_plain(block, BasicTransformerBlock)
-        and block.norm_type == "layer_norm"
-        and block.pos_embed is None
-        and block.attn2 is not None
-        and not block.only_cross_attention
-        and block._chunk_size is None
+    return functional.transformer_block(
+        block,
+        tokens,
+        context.encoder_hidden_states,
+        context.attention_mask,
+        context.encoder_attention_mask,
+        recompute_feed_forward=context.recompute_feed_forward,
     )
 
 
-def _self_attention(
-    norm: Any, attention: Any, tokens: torch.Tensor, context: SharedContext
-) -> torch.Tensor:
-    """[K*B, H*W, C] -> [K*B, H*W, C]; every row reads its own keys and values."""
-    if context.attention_mask is not None or not _is_plain_attention(attention):
-        mask = repeat_rows(context.attention_mask, context.timesteps)
-        return attention(norm(tokens), attention_mask=mask)
-    projections = (attention.to_q, attention.to_k, attention.to_v)
-    query, key, value = _norm_project(norm, projections, tokens)
-    out = functional.cross_timestep_attention(query, key, value, attention.heads)
-    for layer in attention.to_out:
-        out = layer(out)
-    return out
-
-
-def _cross_attention(
-    norm: Any, attention: Any, tokens: torch.Tensor, context: SharedContext
-) -> torch.Tensor:
-    """[K*B, H*W, C] -> [K*B, H*W, C]; the projections are called as modules, adapters and all."""
-    if not _is_plain_attention(attention):
-        _tell_once(attention)
-        repeated = context.repeated
-        return attention(
-            norm(tokens),
-            encoder_hidden_states=repeated["encoder_hidden_states"],
-            attention_mask=repeated["encoder_attention_mask"],
-        )
-
-    text = context.encoder_hidden_states
-    if attention.norm_cross is not None:
-        text = attention.norm_encoder_hidden_states(text)
-    (query,) = _norm_project(norm, (attention.to_q,), tokens)
-    out = functional.cross_timestep_attention(  # saving 3
-        query,
-        attention.to_k(text),
-        attention.to_v(text),
-        attention.heads,
-        attention_bias=context.encoder_attention_mask,
-    )
-    for layer in attention.to_out:
-        out = layer(out)
-    return out
-
-
-def _norm_project(
-    norm: Any, projections: tuple[Any, ...], tokens: torch.Tensor
-) -> list[torch.Tensor]:
-    """projection_i(norm(tokens)) each; through the modules where one is not plain."""
-    plain = all(is_plain(layer, nn.Linear) and layer.bias is None for layer in projections)
-    if plain and _is_affine_layer_norm(norm):
-        weights = [layer.weight for layer in projections]
-        return functional.layer_norm_linear(tokens, norm.weight, norm.bias, weights, norm.eps)
-    tokens = norm(tokens)
-    return [layer(tokens) for layer in projections]
-
-
-def _is_affine_layer_norm(norm: Any) -> bool:
-    return (
-        is_plain(norm, nn.LayerNorm) and norm.bias is not None and len(norm.normalized_shape) == 1
-    )
-
-
-def _is_plain_attention(attention: Any) -> bool:
-    return (
-        is_plain(attention, Attention)
-        and type(attention.processor) is AttnProcessor2_0
-        and attention.inner_dim == attention.inner_kv_dim
-        and not attention.residual_connection
-        and attention.rescale_output_factor == 1.0
-        and all(
-            getattr(attention, name) is None
-            for name in ("group_norm", "spatial_norm", "norm_q", "norm_k", "added_kv_proj_dim")
-        )
-    )
-
-
-def _feed_forward(
-    norm: Any, feed_forward: Any, tokens: torch.Tensor, recompute: bool
-) -> torch.Tensor:
-    """[..., C] -> [..., C]."""
-    if not (is_plain(feed_forward, FeedForward) and is_plain(feed_forward.net[0], GEGLU)):
-        return feed_forward(norm(tokens))
-    gate, dropout, *rest = feed_forward.net
-    linears = (gate.proj, rest[0])
-    if _is_idle(dropout) and all(is_plain(layer, nn.Linear) for layer in linears):
-        fused = _is_affine_layer_norm(norm)
-        tokens = functional.geglu_feed_forward(
-            tokens if fused else norm(tokens),
-            *(gate.proj.weight, gate.proj.bias, rest[0].weight, rest[0].bias),
-            norm_weight=norm.weight if fused else None,
-            norm_bias=norm.bias if fused else None,
-            eps=norm.eps if fused else 0.0,
-            recompute_projection=recompute,
-        )
-        rest = rest[1:]
-    else:
-        tokens = dropout(functional.geglu(gate.proj(norm(tokens))))
-    for layer in rest:
-        tokens = layer(tokens)
-    return tokens
-
-
-def is_plain(module: nn.Module | None, *classes: type[nn.Module]) -> bool:
-    """Whether a module is exactly of one of these classes and is called through its own forward.
-
-    A hook, an adapter that wraps the layer, a parametrization (another class) or a replaced
-    `forward` (accelerate's offloading) would be left out if the module were taken apart.
-    """
-    return (
-        type(module) in classes
-        and "forward" not in vars(module)
-        and not any(
-            getattr(module, hooks)
-            for hooks in (
-                "_forward_hooks",
-                "_forward_pre_hooks",
-                "_backward_hooks",
-                "_backward_pre_hooks",
-            )
-        )
-    )
-
-
-def _is_idle(dropout: Any) -> bool:
-    return is_plain(dropout, nn.Dropout) and (dropout.p == 0 or not dropout.training)
-
-
-def is_plain_conv(conv: Any) -> bool:
-    """Whether `tiue_kernels.functional` may do a convolution: plain, zero padding, stride 1."""
-    return (
-        is_plain(conv, nn.Conv2d)
-        and conv.padding_mode == "zeros"
-        and not isinstance(conv.padding, str)
-        and conv.groups == 1
-        and set(conv.stride) == set(conv.dilation) == {1}
-    )
-
-
-def _conv2d(conv: Any, x: torch.Tensor) -> torch.Tensor:
-    """A convolution, called through its adapter where it has one."""
-    if not is_plain_conv(conv):
-        return conv(x)
-    return functional.conv2d(x, conv.weight, conv.bias, conv.padding)
-
-
-def repeat_rows(value: Any, timesteps: int) -> Any:
-    """Repeat B rows to K*B timestep-major rows, in tensors, tuples, lists and dicts of them."""
-    if isinstance(value, torch.Tensor):
-        return value.repeat(timesteps, *[1] * (value.ndim - 1))
-    if isinstance(value, (tuple, list)):
-        return type(value)(repeat_rows(entry, timesteps) for entry in value)
-    if isinstance(value, dict):
-        return {key: repeat_rows(entry, timesteps) for key, entry in value.items()}
-    return value
+def _all_rows(tensor: torch.Tensor, time_embedding: torch.Tensor) -> torch.Tensor:
+    """A tensor of B or K*B rows with the K*B rows of the time embedding, newly written."""
+    return repeat_rows(tensor, time_embedding.shape[0] // max(tensor.shape[0], 1))
 
 
 def _call(function: Callable[..., torch.Tensor], *args: Any) -> torch.Tensor:
     return function(*args)
-
-
-def _tell_once(module: nn.Module) -> None:
-    name = type(module).__name__
-    if name not in _told:
-        _told.add(name)
-        logger.warning(
-            f"A {name} of the decoder is called whole, over repeated encoder features, because an "
-            "adapter, a hook, FreeU or an option changes it: exact, but slower. Said once."
-        )

@@ -15,10 +15,11 @@ from diffusers.utils.peft_utils import apply_lora_scale
 from torch import nn
 
 from tiue.checkpoints import check_unet_config, check_unet_folder
-from tiue.decoder import Rows, SharedContext, decode_up_block, is_plain, is_plain_conv, repeat_rows
+from tiue.decoder import SharedContext, decode_up_block
 from tiue.errors import ArchitectureError, CheckpointError, InputError
 from tiue.schedule import OnePassSchedule
 from tiue_kernels import functional
+from tiue_kernels.layers import is_plain, is_plain_conv, repeat_rows
 
 T = TypeVar("T", bound="TiUEUNet")
 
@@ -418,13 +419,13 @@ class TiUEUNet(UNet2DConditionModel):
         skips = features.skips
         factor = 2**self.num_upsamplers
         exact = all(size % factor == 0 for size in skips[0].shape[2:])
-        rows = Rows(features.hidden, shared=True)
+        hidden = features.hidden
         for block in self.up_blocks:
             border = len(skips) - len(block.resnets)
             skips, block_skips = skips[:border], skips[border:]
             upsample_size = skips[-1].shape[2:] if skips and not exact else None
-            rows = decode_up_block(block, rows, block_skips, embedding, context, upsample_size)
-        return rows.value
+            hidden = decode_up_block(block, hidden, block_skips, embedding, context, upsample_size)
+        return hidden
 
     def _condition(
         self,

@@ -1,0 +1,100 @@
+"""Which layers may be taken apart into operators, and rows repeated for those that may not."""
+
+import logging
+from typing import Any
+
+import torch
+from torch import nn
+
+logger = logging.getLogger(__name__)
+_told: set[str] = set()
+
+
+def is_plain(module: nn.Module | None, *classes: type[nn.Module] | str) -> bool:
+    """Whether a module is exactly of one of these classes and is called through its own forward.
+
+    A hook, an adapter that wraps the layer, a parametrization (another class) or a replaced
+    `forward` (accelerate's offloading) would be left out if the module were taken apart.
+
+    Args:
+        module: any.
+        *classes: classes, or names of classes of diffusers, which this package does not import,
+            or of `tiue_kernels.nn`.
+    """
+    return (type(module) in classes or is_named(module, *classes)) and is_untouched(module)
+
+
+def is_named(instance: object, *names: type | str) -> bool:
+    """Whether something's class is diffusers' or this package's of one of these names."""
+    cls = type(instance)
+    return cls.__name__ in names and cls.__module__.partition(".")[0] in (
+        "diffusers",
+        "tiue_kernels",
+    )
+
+
+def is_untouched(module: Any) -> bool:
+    """Whether calling a module runs the forward of its class and nothing else."""
+    return "forward" not in vars(module) and not any(
+        getattr(module, hooks)
+        for hooks in (
+            "_forward_hooks",
+            "_forward_pre_hooks",
+            "_backward_hooks",
+            "_backward_pre_hooks",
+        )
+    )
+
+
+def is_plain_conv(conv: Any) -> bool:
+    """Whether `tiue_kernels.functional` may do a convolution: plain, zero padding, stride 1."""
+    return (
+        is_plain(conv, nn.Conv2d)
+        and conv.padding_mode == "zeros"
+        and not isinstance(conv.padding, str)
+        and conv.groups == 1
+        and set(conv.stride) == set(conv.dilation) == {1}
+    )
+
+
+def is_affine_group_norm(norm: Any) -> bool:
+    """Whether a norm is a plain GroupNorm with scale and shift."""
+    return is_plain(norm, nn.GroupNorm) and norm.affine
+
+
+def is_affine_layer_norm(norm: Any) -> bool:
+    """Whether a norm is a plain LayerNorm over the last axis, with scale and shift."""
+    return (
+        is_plain(norm, nn.LayerNorm) and norm.bias is not None and len(norm.normalized_shape) == 1
+    )
+
+
+def is_idle(dropout: Any) -> bool:
+    """Whether a dropout does nothing."""
+    return is_plain(dropout, nn.Dropout) and (dropout.p == 0 or not dropout.training)
+
+
+def repeat_rows(value: Any, timesteps: int) -> Any:
+    """Repeat B rows to K*B timestep-major rows, in tensors, tuples, lists and dicts of them.
+
+    Tensors are new even where K is 1: a block that is called whole may write to its input (FreeU).
+    """
+    if isinstance(value, torch.Tensor):
+        return value.repeat(timesteps, *[1] * (value.ndim - 1))
+    if isinstance(value, (tuple, list)):
+        return type(value)(repeat_rows(entry, timesteps) for entry in value)
+    if isinstance(value, dict):
+        return {key: repeat_rows(entry, timesteps) for key, entry in value.items()}
+    return value
+
+
+def tell_once(module: nn.Module) -> None:
+    """Says in the log, once a class, that a module is not taken apart."""
+    name = type(module).__name__
+    if name not in _told:
+        _told.add(name)
+        logger.warning(
+            "A %s runs over repeated features, because an adapter, a hook, FreeU or an option "
+            "changes it: exact, but slower. Said once.",
+            name,
+        )
