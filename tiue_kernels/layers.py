@@ -26,10 +26,9 @@ def is_plain(module: nn.Module | None, *classes: type[nn.Module] | str) -> bool:
 
 def is_named(instance: object, *names: type | str) -> bool:
     """Whether something's class is diffusers' or this package's of one of these names."""
-    cls = type(instance)
-    return cls.__name__ in names and cls.__module__.partition(".")[0] in (
-        "diffusers",
-        "tiue_kernels",
+    # Read off the instance: torch.compile does not trace __module__ of some of diffusers' classes.
+    return type(instance).__name__ in names and instance.__module__.startswith(
+        ("diffusers.", "tiue_kernels.")
     )
 
 
