@@ -75,15 +75,31 @@ def test_one_version():
     assert importlib.metadata.version("tiue") == declared
 
 
-def test_readme_example_runs(tmp_path, monkeypatch):
-    code = (ROOT / "README.md").read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
-    monkeypatch.chdir(tmp_path)
+def run_readme_example(number: int) -> dict:
+    blocks = (ROOT / "README.md").read_text(encoding="utf-8").split("```python\n")[1:]
     names: dict = {}
-    exec(code, names)
+    exec(blocks[number].split("```")[0], names)
+    return names
+
+
+def test_readme_example_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = run_readme_example(0)
     colors = Image.open(tmp_path / "apple.png").convert("RGB").getcolors(maxcolors=2**16)
     assert colors is None or len(colors) > 10  # a picture, not one flat colour
     expected = names["unet"].one_pass(names["noise"], names["schedule"], names["prompt_embeds"])
     torch.testing.assert_close(names["latents"].detach(), expected, rtol=2e-5, atol=2e-5)
+
+
+def test_readme_example_of_fused_modules_runs():
+    names = run_readme_example(1)
+    hidden, skip = names["hidden"], names["skip"]
+    joined = torch.cat([hidden, skip.repeat(4, 1, 1, 1)], dim=1)
+    temb = torch.randn(8, 384)
+    expected = names["resnet"](joined, temb)
+    torch.testing.assert_close(names["fused"](hidden, temb, skip), expected, rtol=1e-4, atol=1e-5)
+    assert names["out"].shape == expected.shape
+    assert {"up_blocks.0.resnets.1", "mid_block.resnets.0"} <= set(names["names"])
 
 
 def test_demo_draws_the_ten_prompts():
