@@ -1,0 +1,247 @@
+// 3 x 3 convolutions of stride 1 as Winograd's F(4 x 4, 3 x 3) (Lavin and Gray 2015,
+// arXiv 1509.09308): the transforms. Between them the caller multiplies 36 pairs of matrices, four
+// times fewer multiplications than the convolution has.
+//
+// Maps are NCHW float32 of any size; tiles of 4 x 4 outputs that stick out are cut. Every loop that
+// counts runs over neighbouring tiles or channels, so that it is vectorised.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <optional>
+#include <vector>
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+// One library for every CPU: the loader picks the widest that runs here.
+#define TIUE_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define TIUE_CLONES
+#endif
+
+namespace tiue {
+namespace {
+
+using torch::stable::Tensor;
+
+constexpr int kTile = 4;                    // outputs of a tile along one axis
+constexpr int kInput = kTile + 2;           // inputs that they need
+constexpr int kPoints = kInput * kInput;    // products of a tile
+constexpr int64_t kChannels = 32;           // channels of a weight transformed together
+
+int64_t tiles_along(int64_t size) { return (size + kTile - 1) / kTile; }
+
+// B^T d for one axis, elementwise over n columns: six rows to six rows.
+inline void transform_input(const float* const in[kInput], float* const out[kInput], int64_t n) {
+  const float *d0 = in[0], *d1 = in[1], *d2 = in[2], *d3 = in[3], *d4 = in[4], *d5 = in[5];
+  float *o0 = out[0], *o1 = out[1], *o2 = out[2], *o3 = out[3], *o4 = out[4], *o5 = out[5];
+#pragma GCC ivdep
+  for (int64_t j = 0; j < n; ++j) {
+    const float even = d4[j] - 4 * d2[j], odd = d3[j] - 4 * d1[j];
+    const float even2 = d4[j] - d2[j], odd2 = 2 * (d3[j] - d1[j]);
+    o0[j] = 4 * d0[j] - 5 * d2[j] + d4[j];
+    o5[j] = 4 * d1[j] - 5 * d3[j] + d5[j];
+    o1[j] = even + odd;
+    o2[j] = even - odd;
+    o3[j] = even2 + odd2;
+    o4[j] = even2 - odd2;
+  }
+}
+
+// A^T m for one axis: six rows to four.
+inline void transform_output(const float* const in[kInput], float* const out[kTile], int64_t n) {
+  const float *m0 = in[0], *m1 = in[1], *m2 = in[2], *m3 = in[3], *m4 = in[4], *m5 = in[5];
+  float *o0 = out[0], *o1 = out[1], *o2 = out[2], *o3 = out[3];
+#pragma GCC ivdep
+  for (int64_t j = 0; j < n; ++j) {
+    const float sum = m1[j] + m2[j], difference = m1[j] - m2[j];
+    const float sum2 = m3[j] + m4[j], difference2 = m3[j] - m4[j];
+    o0[j] = m0[j] + sum + sum2;
+    o1[j] = difference + 2 * difference2;
+    o2[j] = sum + 4 * sum2;
+    o3[j] = difference + 8 * difference2 + m5[j];
+  }
+}
+
+// G g for one axis: three taps to six.
+inline void transform_taps(const float* const in[3], float* const out[kInput], int64_t n) {
+  const float *g0 = in[0], *g1 = in[1], *g2 = in[2];
+  float *o0 = out[0], *o1 = out[1], *o2 = out[2], *o3 = out[3], *o4 = out[4], *o5 = out[5];
+#pragma GCC ivdep
+  for (int64_t j = 0; j < n; ++j) {
+    const float outer = -(g0[j] + g2[j]) / 6, outer2 = g0[j] / 24 + g2[j] / 6;
+    const float inner = g1[j] / 6, inner2 = g1[j] / 12;
+    o0[j] = g0[j] / 4;
+    o1[j] = outer - inner;
+    o2[j] = outer + inner;
+    o3[j] = outer2 + inner2;
+    o4[j] = outer2 - inner2;
+    o5[j] = g2[j];
+  }
+}
+
+struct Map {
+  int64_t rows, channels, height, width;
+  int64_t tiles_y() const { return tiles_along(height); }
+  int64_t tiles_x() const { return tiles_along(width); }
+  int64_t tiles() const { return rows * tiles_y() * tiles_x(); }
+};
+
+// One channel of one row, x [H, W], to its place in every one of the 36 planes [C, tiles].
+TIUE_CLONES void input_channel(const float* x, const Map& map, float* out, int64_t plane,
+                               std::vector<float>& memory) {
+  const int64_t columns = map.tiles_x(), width = kTile * columns + kInput;
+  // Rows of the map with a border of zeros, after the vertical transform, and taken apart into
+  // the four columns of a tile: column m of tile j at [m][j].
+  memory.assign(static_cast<size_t>((2 * kInput + 1) * width + 2 * kInput * (columns + 2)), 0.0f);
+  float *padded[kInput], *vertical[kInput], *apart[kTile];
+  for (int a = 0; a < kInput; ++a) {
+    padded[a] = memory.data() + a * width;
+    vertical[a] = memory.data() + (kInput + a) * width;
+  }
+  for (int m = 0; m < kTile; ++m) {
+    apart[m] = memory.data() + 2 * kInput * width + m * (columns + 2);
+  }
+  for (int64_t ty = 0; ty < map.tiles_y(); ++ty) {
+    for (int a = 0; a < kInput; ++a) {
+      const int64_t y = ty * kTile + a - 1;
+      if (y >= 0 && y < map.height) {
+        std::memcpy(padded[a] + 1, x + y * map.width, map.width * sizeof(float));
+      } else {
+        std::memset(padded[a] + 1, 0, map.width * sizeof(float));
+      }
+    }
+    transform_input(padded, vertical, width);
+    for (int a = 0; a < kInput; ++a) {
+      for (int64_t j = 0; j <= columns; ++j) {
+        for (int m = 0; m < kTile; ++m) apart[m][j] = vertical[a][kTile * j + m];
+      }
+      const float* in[kInput] = {apart[0], apart[1],     apart[2],
+                                 apart[3], apart[0] + 1, apart[1] + 1};
+      float* to[kInput];
+      for (int b = 0; b < kInput; ++b) to[b] = out + (kInput * a + b) * plane + ty * columns;
+      transform_input(in, to, columns);
+    }
+  }
+}
+
+// The 36 planes [C, tiles] of one channel of one row to its outputs [H, W].
+TIUE_CLONES void output_channel(const float* in, int64_t plane, const Map& map, float bias,
+                                float* out, std::vector<float>& memory) {
+  const int64_t columns = map.tiles_x();
+  memory.resize(static_cast<size_t>((kInput * kTile + kTile * kTile) * columns + kTile * columns));
+  float* horizontal = memory.data();                       // [6][4][columns]
+  float* vertical = horizontal + kInput * kTile * columns;  // [4][4][columns]
+  float* line = vertical + kTile * kTile * columns;
+  for (int64_t ty = 0; ty < map.tiles_y(); ++ty) {
+    for (int a = 0; a < kInput; ++a) {
+      const float* from[kInput];
+      float* to[kTile];
+      for (int b = 0; b < kInput; ++b) from[b] = in + (kInput * a + b) * plane + ty * columns;
+      for (int m = 0; m < kTile; ++m) to[m] = horizontal + (kTile * a + m) * columns;
+      transform_output(from, to, columns);
+    }
+    for (int m = 0; m < kTile; ++m) {
+      const float* from[kInput];
+      float* to[kTile];
+      for (int a = 0; a < kInput; ++a) from[a] = horizontal + (kTile * a + m) * columns;
+      for (int p = 0; p < kTile; ++p) to[p] = vertical + (kTile * p + m) * columns;
+      transform_output(from, to, columns);
+    }
+    const int64_t last = std::min<int64_t>(kTile, map.height - ty * kTile);
+    for (int64_t p = 0; p < last; ++p) {
+      const float* from = vertical + kTile * p * columns;
+      for (int64_t j = 0; j < columns; ++j) {
+        for (int m = 0; m < kTile; ++m) line[kTile * j + m] = from[m * columns + j] + bias;
+      }
+      std::memcpy(out + (ty * kTile + p) * map.width, line, map.width * sizeof(float));
+    }
+  }
+}
+
+// Up to kChannels input channels of one output channel: taps [n][9] to 36 planes [.., n].
+TIUE_CLONES void weight_channels(const float* taps, int64_t n, float* out, int64_t plane) {
+  float apart[9][kChannels], vertical[kInput][3][kChannels];
+  for (int64_t c = 0; c < n; ++c) {
+    for (int tap = 0; tap < 9; ++tap) apart[tap][c] = taps[9 * c + tap];
+  }
+  for (int x = 0; x < 3; ++x) {
+    const float* in[3] = {apart[x], apart[3 + x], apart[6 + x]};
+    float* to[kInput];
+    for (int a = 0; a < kInput; ++a) to[a] = vertical[a][x];
+    transform_taps(in, to, n);
+  }
+  for (int a = 0; a < kInput; ++a) {
+    const float* in[3] = {vertical[a][0], vertical[a][1], vertical[a][2]};
+    float* to[kInput];
+    for (int b = 0; b < kInput; ++b) to[b] = out + (kInput * a + b) * plane;
+    transform_taps(in, to, n);
+  }
+}
+
+}  // namespace
+
+// x [R, C, H, W] -> [36, C, tiles of all rows].
+Tensor winograd_input(Tensor x) {
+  const Map map{x.size(0), x.size(1), x.size(2), x.size(3)};
+  Tensor out = torch::stable::new_empty(x, {kPoints, map.channels, map.tiles()});
+  const float* data = static_cast<const float*>(x.data_ptr());
+  float* to = static_cast<float*>(out.data_ptr());
+  const int64_t tiles = map.tiles(), of_row = map.tiles_y() * map.tiles_x();
+  torch::stable::parallel_for(0, map.rows * map.channels, 1, [&](int64_t begin, int64_t end) {
+    std::vector<float> memory;
+    for (int64_t index = begin; index < end; ++index) {
+      const int64_t row = index / map.channels, channel = index % map.channels;
+      input_channel(data + index * map.height * map.width, map,
+                    to + channel * tiles + row * of_row, map.channels * tiles, memory);
+    }
+  });
+  return out;
+}
+
+// products [36, C, tiles] -> [R, C, height, width], plus the bias [C].
+Tensor winograd_output(Tensor products, std::optional<Tensor> bias, int64_t rows, int64_t height,
+                       int64_t width) {
+  const Map map{rows, products.size(1), height, width};
+  Tensor out = torch::stable::new_empty(products, {rows, map.channels, height, width});
+  const float* data = static_cast<const float*>(products.data_ptr());
+  const float* shift = bias ? static_cast<const float*>(bias->data_ptr()) : nullptr;
+  float* to = static_cast<float*>(out.data_ptr());
+  const int64_t tiles = map.tiles(), of_row = map.tiles_y() * map.tiles_x();
+  torch::stable::parallel_for(0, rows * map.channels, 1, [&](int64_t begin, int64_t end) {
+    std::vector<float> memory;
+    for (int64_t index = begin; index < end; ++index) {
+      const int64_t row = index / map.channels, channel = index % map.channels;
+      output_channel(data + channel * tiles + row * of_row, map.channels * tiles, map,
+                     shift ? shift[channel] : 0.0f, to + index * height * width, memory);
+    }
+  });
+  return out;
+}
+
+// weight[:, start : start + channels] of [C_out, C_in, 3, 3] -> [36, C_out, channels].
+Tensor winograd_weight(Tensor weight, int64_t start, int64_t channels) {
+  const int64_t outputs = weight.size(0), stride = weight.size(1) * 9;
+  Tensor out = torch::stable::new_empty(weight, {kPoints, outputs, channels});
+  const float* data = static_cast<const float*>(weight.data_ptr());
+  float* to = static_cast<float*>(out.data_ptr());
+  torch::stable::parallel_for(0, outputs, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t o = begin; o < end; ++o) {
+      for (int64_t c = 0; c < channels; c += kChannels) {
+        weight_channels(data + o * stride + (start + c) * 9, std::min(kChannels, channels - c),
+                        to + o * channels + c, outputs * channels);
+      }
+    }
+  });
+  return out;
+}
+
+}  // namespace tiue
+
+STABLE_TORCH_LIBRARY_IMPL(tiue_cpu, CPU, m) {
+  m.impl("winograd_input", TORCH_BOX(&tiue::winograd_input));
+  m.impl("winograd_output", TORCH_BOX(&tiue::winograd_output));
+  m.impl("winograd_weight", TORCH_BOX(&tiue::winograd_weight));
+}
