@@ -9,6 +9,7 @@ import threading
 import torch
 import torch.nn.functional as F
 
+from tiue_kernels import winograd
 from tiue_kernels.layout import like, memory_format
 
 # 4 rows of 4 x 4: 20 ms as a matrix product, 56 ms as a convolution, which sorts its weight first.
@@ -44,6 +45,9 @@ def conv2d(
         return F.conv2d(x, part, bias, padding=padding)
     if 0 < rows * height * width <= MOST_PIXELS and _is_matrix(x, weight):
         return _as_matrix_product(x, part, bias, padding)
+    out = winograd.conv2d(x, weight, bias, padding, start)
+    if out is not None:
+        return out
     if not whole and not torch.is_grad_enabled():
         part = _in_reused_memory(part, weight.is_contiguous())
     return F.conv2d(x, part, bias, padding=padding)

@@ -181,6 +181,38 @@ TIUE_CLONES void weight_channels(const float* taps, int64_t n, float* out, int64
   }
 }
 
+// Bijections of 64 bits (the finaliser of MurmurHash3).
+inline uint64_t mix(uint64_t value) {
+  value = (value ^ (value >> 33)) * 0xff51afd7ed558ccdu;
+  value = (value ^ (value >> 33)) * 0xc4ceb9fe1a85ec53u;
+  return value ^ (value >> 33);
+}
+
+TIUE_CLONES uint64_t fingerprint_row(const float* row, int64_t n) {
+  constexpr int kLanes = 64;
+  uint32_t lanes[kLanes];
+  for (int lane = 0; lane < kLanes; ++lane) lanes[lane] = 0x811c9dc5u + lane;
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    uint32_t bits[kLanes];
+    std::memcpy(bits, row + i, sizeof(bits));
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const uint32_t turned = lanes[lane] << 5 | lanes[lane] >> 27;
+      lanes[lane] = (turned ^ bits[lane]) * 0x9e3779b1u;
+    }
+  }
+  uint64_t result = static_cast<uint64_t>(n);
+  for (; i < n; ++i) {
+    uint32_t bits;
+    std::memcpy(&bits, row + i, sizeof(bits));
+    result = mix(result ^ bits);
+  }
+  for (int lane = 0; lane < kLanes; lane += 2) {
+    result = mix(result ^ (static_cast<uint64_t>(lanes[lane]) << 32 | lanes[lane + 1]));
+  }
+  return result;
+}
+
 }  // namespace
 
 // x [R, C, H, W] -> [36, C, tiles of all rows].
@@ -238,10 +270,28 @@ Tensor winograd_weight(Tensor weight, int64_t start, int64_t channels) {
   return out;
 }
 
+// 64 bits of the contents of weight[:, start : start + channels], for a cache that cannot be stale.
+// Every step is a bijection of its chain of 32 bits and of its element, so one changed element always
+// changes the result.
+int64_t winograd_fingerprint(Tensor weight, int64_t start, int64_t channels) {
+  const int64_t outputs = weight.size(0), stride = weight.size(1) * 9;
+  const float* data = static_cast<const float*>(weight.data_ptr());
+  std::vector<uint64_t> parts(static_cast<size_t>(outputs));
+  torch::stable::parallel_for(0, outputs, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t o = begin; o < end; ++o) {
+      parts[o] = fingerprint_row(data + o * stride + start * 9, channels * 9);
+    }
+  });
+  uint64_t result = 0x9e3779b97f4a7c15u;
+  for (uint64_t part : parts) result = mix(result ^ part);
+  return static_cast<int64_t>(result);
+}
+
 }  // namespace tiue
 
 STABLE_TORCH_LIBRARY_IMPL(tiue_cpu, CPU, m) {
   m.impl("winograd_input", TORCH_BOX(&tiue::winograd_input));
   m.impl("winograd_output", TORCH_BOX(&tiue::winograd_output));
   m.impl("winograd_weight", TORCH_BOX(&tiue::winograd_weight));
+  m.impl("winograd_fingerprint", TORCH_BOX(&tiue::winograd_fingerprint));
 }

@@ -1,0 +1,44 @@
+"""The compiled library of the CPU path: schemas, loading, and why it is not there.
+
+`libtiue_cpu.so` lies beside this file when the package was built with TIUE_CPU=1. Without it
+everything works, in plain PyTorch.
+"""
+
+from pathlib import Path
+
+import torch
+
+from tiue_kernels import libraries
+
+SCHEMAS = (
+    "winograd_input(Tensor x) -> Tensor",
+    "winograd_output(Tensor products, Tensor? bias, int rows, int height, int width) -> Tensor",
+    "winograd_weight(Tensor weight, int start, int channels) -> Tensor",
+    "winograd_fingerprint(Tensor weight, int start, int channels) -> int",
+)
+CURE = "TIUE_CPU=1 pip install --no-build-isolation . (needs g++)"
+
+# A library must outlive its registrations.
+_library = torch.library.Library("tiue_cpu", "DEF")
+for _schema in SCHEMAS:
+    _library.define(_schema)
+
+_why_not: str | None = libraries.load(Path(__file__).parent / "libtiue_cpu.so", "CPU", CURE)
+
+
+def loaded() -> bool:
+    """Whether the compiled library is there."""
+    return _why_not is None
+
+
+def why_not() -> str | None:
+    """Why the library is not loaded, with the cure; None when it is."""
+    return _why_not
+
+
+def load_library(path: Path) -> None:
+    """Load a library that was built elsewhere (`python -m tiue_kernels.build cpu`), for tests."""
+    global _why_not
+    if not loaded():
+        torch.ops.load_library(path)
+        _why_not = None

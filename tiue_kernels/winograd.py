@@ -1,0 +1,178 @@
+"""3 x 3 convolutions on a CPU as Winograd's F(4 x 4, 3 x 3) (Lavin and Gray, arXiv 1509.09308).
+
+A tile of 4 x 4 outputs takes 36 multiplications a pair of channels instead of 144. Sums are of the
+same numbers in another order and with factors up to 8, so float32 results differ from torch's by
+some 5e-5 where outputs are of unit size. For inference; needs the compiled transforms
+(`tiue_kernels.cpu`).
+
+The transformed weight is four times the size of the weight. Some are kept, up to a bound in bytes,
+under the contents of the weight: whatever changes a weight, however it does, no stale one is used.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from threading import Lock
+
+import torch
+
+from tiue_kernels import cpu
+
+POINTS = 36
+# Tiles from which a convolution gains though its weight is transformed anew, and with it kept.
+LEAST_TILES = 64
+LEAST_TILES_KEPT = 8
+# Tiles transformed together: their 36 products a channel stay in the cache.
+MOST_TILES = 512
+# The transforms cost as much as they save under these.
+LEAST_CHANNELS = 64
+VARIABLE = "TIUE_WINOGRAD_MIB"
+DEFAULT_LIMIT = 2**30
+
+_Key = tuple[int, int, int]
+
+
+class WeightCache:
+    """Transformed weights under the contents of what they were made of.
+
+    Args:
+        limit: bytes that it holds at most.
+    """
+
+    # A weight that so many others were asked for since is no longer in use: some ten passes of the
+    # largest UNet. Until then it stays, since a pass asks for more than fit, in a circle, and the
+    # least recently used one would always be the next that is needed.
+    STALE_AFTER = 1000
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._weights: OrderedDict[_Key, torch.Tensor] = OrderedDict()
+        self._last_use: dict[_Key, int] = {}
+        self._clock = 0
+        self._lock = Lock()
+
+    @property
+    def limit(self) -> int:
+        """Bytes that it holds at most, 0 for none; set it, and what is over is dropped."""
+        return self._limit
+
+    @limit.setter
+    def limit(self, value: int) -> None:
+        if value < 0:
+            raise ValueError(f"the limit is a number of bytes, 0 for none; got {value}")
+        with self._lock:
+            self._limit = value
+            while self.bytes > value:
+                self._drop_oldest()
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that it holds."""
+        return sum(weight.nbytes for weight in self._weights.values())
+
+    def get(self, weight: torch.Tensor, start: int, channels: int) -> torch.Tensor | None:
+        """weight[:, start : start + channels] transformed, [36, C_out, channels].
+
+        None where it is not held and does not fit.
+        """
+        size = POINTS * weight.shape[0] * channels * weight.element_size()
+        if size > self._limit:
+            return None
+        # 59 MB take 3 ms to read, and 20 to transform (two cores).
+        contents = torch.ops.tiue_cpu.winograd_fingerprint(weight, start, channels)
+        key = (contents, weight.shape[0], channels)
+        with self._lock:
+            self._clock += 1
+            if key in self._weights:
+                self._weights.move_to_end(key)
+                self._last_use[key] = self._clock
+                return self._weights[key]
+            while self.bytes + size > self._limit:
+                oldest = next(iter(self._weights))
+                if self._clock - self._last_use[oldest] < self.STALE_AFTER:
+                    return None
+                self._drop_oldest()
+            transformed = transform(weight, start, channels)
+            self._weights[key], self._last_use[key] = transformed, self._clock
+            return transformed
+
+    def _drop_oldest(self) -> None:
+        key, _ = self._weights.popitem(last=False)
+        del self._last_use[key]
+
+
+def _default_limit() -> int:
+    value = os.environ.get(VARIABLE, "")
+    try:
+        return int(float(value) * 2**20) if value else DEFAULT_LIMIT
+    except ValueError:
+        raise ValueError(f"{VARIABLE} is a number of MiB, got {value!r}") from None
+
+
+cache = WeightCache(_default_limit())
+
+
+def transform(weight: torch.Tensor, start: int, channels: int) -> torch.Tensor:
+    """[C_out, C_in, 3, 3] -> [36, C_out, channels], of the channels from start on."""
+    with torch.inference_mode(False):
+        return torch.ops.tiue_cpu.winograd_weight(weight.detach(), start, channels)
+
+
+def conv2d(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    padding: int | tuple[int, ...],
+    start: int = 0,
+) -> torch.Tensor | None:
+    """conv2d(x, weight[:, start : start + C], bias) with padding 1, or None where it gains nothing.
+
+    Args:
+        x: [rows, C, H, W].
+        weight: [C_out, C_in, 3, 3], C_in >= start + C.
+        bias: [C_out].
+        padding: anything but 1 is not served.
+        start: the input channel of the weight that the first channel of x meets.
+
+    Returns:
+        [rows, C_out, H, W].
+    """
+    if torch.is_grad_enabled() or not cpu.loaded() or not _is_served(x, weight, bias, padding):
+        return None
+    rows, channels, height, width = x.shape
+    tiles = -(-height // 4) * -(-width // 4)
+    if rows * tiles < LEAST_TILES_KEPT:
+        return None
+    transformed = cache.get(weight, start, channels)
+    if transformed is None:
+        if rows * tiles < LEAST_TILES:
+            return None
+        transformed = transform(weight, start, channels)
+    step = max(1, MOST_TILES // tiles)
+    out = [_rows(part, transformed, bias) for part in x.split(step)]
+    return out[0] if len(out) == 1 else torch.cat(out)
+
+
+def _rows(
+    x: torch.Tensor, transformed: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """[rows, C, H, W] -> [rows, C_out, H, W]."""
+    products = torch.bmm(transformed, torch.ops.tiue_cpu.winograd_input(x))
+    return torch.ops.tiue_cpu.winograd_output(products, bias, x.shape[0], *x.shape[2:])
+
+
+def _is_served(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    padding: int | tuple[int, ...],
+) -> bool:
+    tensors = [x, weight] if bias is None else [x, weight, bias]
+    return (
+        weight.shape[2:] == (3, 3)
+        and padding in (1, (1, 1), [1, 1])
+        and all(t.dtype is torch.float32 and t.is_contiguous() for t in tensors)
+        and min(weight.shape[0], x.shape[1]) >= LEAST_CHANNELS
+        and not torch.is_autocast_enabled("cpu")
+    )
