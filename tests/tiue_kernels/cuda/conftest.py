@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tiue_kernels import cuda
-from tiue_kernels.cuda import build
+from tiue_kernels import build
 
 
 @contextmanager
@@ -28,7 +28,7 @@ def host_library() -> Path:
     if shutil.which("g++") is None:
         pytest.skip("no g++: the CUDA kernels cannot be executed on the CPU")
     with one_at_a_time(build.cache_folder()):
-        library = build.build(build.cache_folder(), host=True)
+        library = build.build("host", build.cache_folder())
     cuda.load_host_library(library)
     return library
 
@@ -41,7 +41,7 @@ def cuda_library() -> Path:
     except build.BuildError as error:
         pytest.skip(f"no nvcc: csrc is not compiled for GPUs ({error})")
     with one_at_a_time(build.cache_folder()):
-        return build.build(build.cache_folder())
+        return build.build("cuda", build.cache_folder())
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tiue_kernels.cuda import build
+from tiue_kernels import build
 
 ROOT = Path(__file__).parents[3]
 pytestmark = pytest.mark.timeout(1500)
@@ -27,7 +27,7 @@ def kernels(log: str) -> list[tuple[str, str, int]]:
 
 def test_no_register_spills(cuda_library: Path) -> None:
     found = []
-    for source in build.sources():
+    for source in build.sources("cuda"):
         if source.suffix == ".cu":
             log = build.cache_folder() / "cuda" / f"{source.parent.name}_{source.stem}.o.log"
             compiled = kernels(log.read_text())

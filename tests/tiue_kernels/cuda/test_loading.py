@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tiue_kernels import cuda
-from tiue_kernels.cuda import build
+from tiue_kernels import build
 
 ROOT = Path(__file__).parents[3]
 

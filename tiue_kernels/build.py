@@ -1,6 +1,6 @@
-"""Compiles csrc: for GPUs with nvcc, or for the host with g++.
+"""Compiles csrc: the kernels for GPUs, the same for the host, and the CPU path's own.
 
-`python -m tiue_kernels.cuda.build [--host] [--output FOLDER]` prints the path of the library.
+`python -m tiue_kernels.build cuda|host|cpu [--output FOLDER]` prints the path of the library.
 Imports neither torch nor the package, so that setup.py can load this file by its path.
 """
 
@@ -13,8 +13,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-LIBRARY = "libtiue_cuda.so"
-HOST_LIBRARY = "libtiue_host.so"
+# What is built -> its library. `host` are the GPU kernels executed on the CPU, for tests.
+LIBRARIES = {
+    "cuda": "libtiue_cuda.so",
+    "host": "libtiue_host.so",
+    "cpu": "libtiue_cpu.so",
+}
 # sm_80 also runs on 8.6 and 8.9; its PTX serves GPUs newer than Hopper.
 DEFAULT_ARCHS = "80+PTX;90a"
 GIB_PER_JOB = 3  # nvcc on the largest file takes 2
@@ -27,14 +31,17 @@ class BuildError(RuntimeError):
 
 
 def source_folder() -> Path:
-    folder = Path(__file__).resolve().parents[2] / "csrc"
+    folder = Path(__file__).resolve().parents[1] / "csrc"
     if not folder.is_dir():
         raise BuildError(f"{folder} is missing: build from a source tree, wheels hold no sources")
     return folder
 
 
-def sources() -> list[Path]:
+def sources(target: str) -> list[Path]:
+    """The files of a target, a key of `LIBRARIES`."""
     folder = source_folder()
+    if target == "cpu":
+        return sorted((folder / "cpu").glob("*.cpp"))
     return [*sorted(folder.glob("*/*.cu")), folder / "bindings.cpp"]
 
 
@@ -100,20 +107,24 @@ def job_count() -> int:
     return max(1, min(cpus, int(free / GIB_PER_JOB)))
 
 
-def _rules(host: bool) -> dict[str, str]:
+def _rules(target: str) -> dict[str, str]:
     torch = find_torch()
     common = f"-std=c++17 {TORCH_TARGET} -isystem {torch}/include"
     hidden = "-fPIC -fvisibility=hidden -fvisibility-inlines-hidden"
     libraries = f"-L{torch}/lib -ltorch -ltorch_cpu"
-    if host:
+    compiler = os.environ.get("CXX", "g++")
+    link = f"{compiler} -shared $in -o $out {libraries}"
+    if target == "cpu":
+        flags = f"{common} {hidden} -O3 -Wall -MMD -MF $out.d"
+        return {"cpp": f"{compiler} {flags} -c $in -o $out", "link": link}
+    if target == "host":
         # setjmp and longjmp switch stacks, which fortified builds take for an error.
-        compiler = os.environ.get("CXX", "g++")
         flags = f"{common} {hidden} -DTIUE_HOST -O2 -U_FORTIFY_SOURCE -Wall -Wno-unknown-pragmas"
         compile_cuda = compile_cpp = f"{compiler} {flags} -MMD -MF $out.d -x c++ -c $in -o $out"
         return {
             "cuda": compile_cuda,
             "cpp": compile_cpp,
-            "link": f"{compiler} -shared $in -o $out {libraries}",
+            "link": link,
         }
     nvcc = find_nvcc()
     options = f"--compiler-options '{hidden} -Wall' -O3"
@@ -128,28 +139,29 @@ def _rules(host: bool) -> dict[str, str]:
     }
 
 
-def build(output: Path, host: bool = False, objects: Path | None = None) -> Path:
+def build(target: str, output: Path, objects: Path | None = None) -> Path:
     """Compile what has changed and return the library's path.
 
     Args:
+        target: "cuda" for GPUs with nvcc, "host" for the same kernels on the CPU, or "cpu" for the
+            CPU path's own, both with g++.
         output: folder of the library.
-        host: compile for the CPU with g++ instead of for GPUs with nvcc.
-        objects: folder of objects and logs; by default `cuda` or `host` in the cache folder.
+        objects: folder of objects and logs; by default one of the target in the cache folder.
 
     Raises:
         BuildError: a tool is missing, or the compiler refuses.
     """
-    rules = _rules(host)
-    work = objects or cache_folder() / ("host" if host else "cuda")
+    rules = _rules(target)
+    work = objects or cache_folder() / target
     output.mkdir(parents=True, exist_ok=True)
     work.mkdir(parents=True, exist_ok=True)
-    library = output.resolve() / (HOST_LIBRARY if host else LIBRARY)
+    library = output.resolve() / LIBRARIES[target]
     lines = []
     for name, command in rules.items():
         depends = "" if name == "link" else "\n  depfile = $out.d\n  deps = gcc"
         lines.append(f"rule {name}\n  command = {command}{depends}")
     compiled = []
-    for source in sources():
+    for source in sources(target):
         compiled.append(f"{source.parent.name}_{source.stem}.o")
         rule = "cuda" if source.suffix == ".cu" else "cpp"
         lines.append(f"build {compiled[-1]}: {rule} {source}")
@@ -172,12 +184,14 @@ def cache_folder() -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--host", action="store_true", help="for the CPU, with g++: for tests")
+    parser.add_argument("target", choices=LIBRARIES, help="what to compile for")
     parser.add_argument("--output", type=Path, help="folder of the library")
     arguments = parser.parse_args()
-    folder = arguments.output or (cache_folder() if arguments.host else Path(__file__).parent)
+    target = arguments.target
+    # Beside its loader, where it is found; the host library is for tests.
+    folder = cache_folder() if target == "host" else Path(__file__).parent / target
     try:
-        print(build(folder, arguments.host))
+        print(build(target, arguments.output or folder))
     except BuildError as error:
         sys.exit(f"error: {error}")
 
