@@ -2,7 +2,8 @@
 
 Tensors on a CPU take the reference. Tensors on a GPU take the first backend of `PREFERENCE` that
 the table, the installation and the device allow. `use_backend` or the environment variable
-TIUE_BACKEND forces one, and a call that it cannot serve raises with every reason.
+TIUE_BACKEND forces one, or an order of several; a call that none of them can serve raises with
+every reason.
 """
 
 from __future__ import annotations
@@ -80,41 +81,46 @@ TABLE: dict[str, dict[str, Capability]] = {
     "upsample_conv2d": {"reference": _ANYWHERE},
 }
 
-_forced: list[str] = []
+_forced: list[tuple[str, ...]] = []
 
 
 @contextmanager
-def use_backend(backend: str) -> Iterator[None]:
+def use_backend(*backends: str) -> Iterator[None]:
     """Forces a backend for every operator called inside, backward passes inside included.
 
-    Holds for the whole process, since autograd runs backward in threads of its own.
+    Of several, each call takes the first that can serve it: `use_backend("cuda", "reference")`
+    leaves to plain PyTorch what has no CUDA C++ kernel. Holds for the whole process, since
+    autograd runs backward in threads of its own.
 
     Args:
-        backend: "cuda", "triton" or "reference".
+        *backends: "cuda", "triton" or "reference", in the order in which to try them.
 
     Raises:
-        ValueError: there is no such backend.
-        BackendError: from an operator called inside which the backend cannot serve.
+        ValueError: there is no such backend, or none is named.
+        BackendError: from an operator called inside which none of the backends can serve.
     """
-    _forced.append(_known(backend))
+    _forced.append(_known(backends))
     try:
         yield
     finally:
         _forced.pop()
 
 
-def forced_backend() -> str | None:
-    """The backend forced by `use_backend` or, outside of it, by TIUE_BACKEND; else None."""
+def forced_backends() -> tuple[str, ...]:
+    """What `use_backend` or, outside of it, TIUE_BACKEND forces, in order; empty: nothing."""
     if _forced:
         return _forced[-1]
-    name = os.environ.get(VARIABLE)
-    return _known(name) if name else None
+    names = os.environ.get(VARIABLE)
+    return _known(tuple(name.strip() for name in names.split(","))) if names else ()
 
 
-def _known(backend: str) -> str:
-    if backend not in PREFERENCE:
-        raise ValueError(f"no backend {backend!r}: choose one of {', '.join(PREFERENCE)}")
-    return backend
+def _known(backends: tuple[str, ...]) -> tuple[str, ...]:
+    if not backends:
+        raise ValueError(f"name a backend at least: {', '.join(PREFERENCE)}")
+    for backend in backends:
+        if backend not in PREFERENCE:
+            raise ValueError(f"no backend {backend!r}: choose one of {', '.join(PREFERENCE)}")
+    return backends
 
 
 def call(name: str, *args: Any) -> Any:
@@ -132,17 +138,18 @@ def select(operator: str, args: tuple[Any, ...]) -> str:
         args: of the forward or the backward launcher; the first tensor decides.
 
     Raises:
-        BackendError: the forced backend cannot.
+        BackendError: none of the forced backends can.
     """
-    forced = forced_backend()
+    forced = forced_backends()
     key = _key(args)
-    for backend in _candidates(operator, key) if forced is None else (forced,):
+    order = forced or _candidates(operator, key)
+    for backend in order:
         reasons = _refusals(operator, backend, key) or _limits(operator, backend, args)
         if not reasons:
             return backend
-        if forced is None:
+        if len(order) > 1:
             _tell_once(operator, backend, reasons)
-    attempt = f"on the forced backend {forced}" if forced else "on any backend"
+    attempt = f"on the forced backend {' or '.join(forced)}" if forced else "on any backend"
     reasons_of_all = _describe(operator, args, is_call=True)
     raise BackendError(f"{operator} cannot run {attempt}:\n{reasons_of_all}")
 
@@ -167,15 +174,17 @@ def explain(operator: str, *tensors: torch.Tensor) -> str:
 
 def _describe(operator: str, args: tuple[Any, ...], is_call: bool = False) -> str:
     key = _key(args)
-    forced = forced_backend()
-    order = (forced,) if forced else _candidates(operator, key)
+    forced = forced_backends()
+    order = forced or _candidates(operator, key)
     lines, chosen = [], False
     for backend in dict.fromkeys((*order, *PREFERENCE)):
         reasons = list(_refusals(operator, backend, key))
         if not reasons and is_call:
             reasons = list(_limits(operator, backend, args))
         if not reasons and backend not in order:
-            reasons = [f"{order[0]} is forced" if forced else "tensors on a CPU take the reference"]
+            reasons = ["tensors on a CPU take the reference"]
+            if forced:
+                reasons = [f"{' or '.join(forced)} is forced"]
         if not reasons:
             reasons = ["may run" if chosen else "runs"]
             chosen = True

@@ -30,6 +30,10 @@ def test_every_backend_is_a_known_one() -> None:
 def test_names_that_do_not_exist_are_refused() -> None:
     with pytest.raises(ValueError, match="no backend 'tritn': choose one of cuda, triton"):
         use_backend("tritn").__enter__()
+    with pytest.raises(ValueError, match="no backend 'gpu': choose one of"):
+        use_backend("cuda", "gpu").__enter__()
+    with pytest.raises(ValueError, match="name a backend at least: cuda, triton, reference"):
+        use_backend().__enter__()
     with pytest.raises(ValueError, match="no operator 'gelu': choose one of"):
         explain("gelu", x())
 
@@ -60,9 +64,32 @@ def test_the_variable_forces_and_the_context_overrides_it(monkeypatch) -> None:
 def test_contexts_nest_and_end() -> None:
     with use_backend("reference"):
         with use_backend("triton"):
-            assert dispatch.forced_backend() == "triton"
-        assert dispatch.forced_backend() == "reference"
-    assert dispatch.forced_backend() is None
+            assert dispatch.forced_backends() == ("triton",)
+        assert dispatch.forced_backends() == ("reference",)
+    assert dispatch.forced_backends() == ()
+
+
+def test_of_several_the_first_that_can_serves(monkeypatch, caplog) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    pytest.importorskip("triton")
+    dispatch._tell_once.cache_clear()
+    with use_backend("triton", "reference"), caplog.at_level("INFO", dispatch.logger.name):
+        assert dispatch.select("geglu", (x(),)) == "triton"
+        for _ in range(2):
+            assert dispatch.select("geglu", (x(torch.float64),)) == "reference"
+        assert dispatch.select("upsample_conv2d", (x(),)) == "reference"
+        lines = explain("geglu", x()).splitlines()
+    assert lines[:2] == ["  triton: runs", "  reference: may run"]
+    assert "geglu does not run on triton: torch.float64 is not one of" in caplog.text
+    assert "upsample_conv2d does not run on triton: not implemented" in caplog.text
+    assert len(caplog.records) == 2
+    with (
+        use_backend("cuda", "triton"),
+        pytest.raises(BackendError, match="the forced backend cuda or triton"),
+    ):
+        dispatch.select("upsample_conv2d", (x(),))
+    monkeypatch.setenv(dispatch.VARIABLE, "cuda, reference")
+    assert dispatch.select("geglu", (x(),)) == "reference"
 
 
 def test_head_sizes_that_no_kernel_takes_are_named() -> None:
