@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tiue_kernels import cuda
+from tiue_kernels import cuda, dispatch
 from tiue_kernels.cuda import build
 
 if not torch.cuda.is_available():  # before triton is imported
@@ -34,6 +34,7 @@ def host_library() -> Path:
     with one_at_a_time(build.cache_folder()):
         library = build.build(build.cache_folder(), host=True)
     cuda.load_host_library(library)
+    dispatch.reset()
     return library
 
 
