@@ -81,7 +81,7 @@ def run_kernels(tensors, heads: int) -> tuple[tuple[torch.Tensor, ...], tuple[to
     out, logsumexp = cross_timestep_attention_fwd(query, key, value, heads, scale, bias)
     grad = noise(*out.shape, dtype=out.dtype, seed=4)
     gradients = cross_timestep_attention_bwd(
-        grad, query, key, value, heads, scale, bias, out, logsumexp
+        grad, query, key, value, heads, scale, bias, out, logsumexp, True
     )
     if bias is None:
         assert gradients[3].shape == (0,)
@@ -112,6 +112,18 @@ def test_slices(dtype: torch.dtype, poisoned) -> None:
     odd = noise(4, 21, 3 * 80 + 1, dtype=dtype)[:, :, 1:]  # rows off 16 bytes
     check_case(tuple(odd.chunk(3, dim=2)), 2, dtype)
     check_case(tuple(part[::2, 3:] for part in joined.chunk(3, dim=2)), 2, dtype)
+
+
+@pytest.mark.parametrize("name", ["queries_split", "self_attention_masked"])
+def test_the_gradient_of_a_mask_may_be_left_out(name: str, poisoned) -> None:
+    query, key, value, bias = make(CASES[name], torch.float16)
+    out, logsumexp = cross_timestep_attention_fwd(query, key, value, 1, 0.3, bias)
+    grad = noise(*out.shape, dtype=out.dtype, seed=4)
+    operands = (grad, query, key, value, 1, 0.3, bias, out, logsumexp)
+    *whole, _ = cross_timestep_attention_bwd(*operands, True)
+    *parts, none = cross_timestep_attention_bwd(*operands, False)
+    assert none.shape == (0,)
+    assert all(torch.equal(a, b) for a, b in zip(parts, whole, strict=True))
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)

@@ -28,6 +28,7 @@ class Call(NamedTuple):
     dtype: torch.dtype
     to_text: bool = True
     has_bias: bool = False
+    needs_bias_grad: bool = False
     batch: int = 1
 
 
@@ -38,7 +39,8 @@ CALLS = {
     "64-f16-text": Call(10, 64, 4096, HALF, batch=2),
     "64-f16-self": Call(10, 64, 4096, HALF, to_text=False),
     "80-f16-text": Call(8, 80, 1024, HALF),
-    "80-f16-text-bias": Call(8, 80, 1024, HALF, has_bias=True),
+    "80-f16-text-mask": Call(8, 80, 1024, HALF, has_bias=True),
+    "80-f16-text-bias": Call(8, 80, 1024, HALF, has_bias=True, needs_bias_grad=True),
     "80-f16-self": Call(8, 80, 1024, HALF, to_text=False),
     "80-bf16-text": Call(8, 80, 1024, torch.bfloat16, batch=2),
     "160-f16-text": Call(8, 160, 256, HALF),
@@ -46,7 +48,7 @@ CALLS = {
     "40-f32-text": Call(8, 40, 4096, SINGLE),
     "64-f32-text": Call(10, 64, 4096, SINGLE, batch=2),
     "64-f32-self": Call(10, 64, 4096, SINGLE, to_text=False),
-    "80-f32-text-bias": Call(8, 80, 1024, SINGLE, has_bias=True),
+    "80-f32-text-bias": Call(8, 80, 1024, SINGLE, has_bias=True, needs_bias_grad=True),
     "160-f32-text": Call(8, 160, 256, SINGLE),
 }
 
@@ -81,4 +83,5 @@ def _run(call: Call) -> None:
     bias = maps(key.shape[0], 1, key.shape[1]) if call.has_bias else None
     operands = (query, key, maps(*key.shape), call.heads, call.head_dim**-0.5, bias)
     out, logsumexp = cross_timestep_attention_fwd(*operands)
-    cross_timestep_attention_bwd(maps(*query.shape), *operands, out, logsumexp)
+    grad = maps(*query.shape)
+    cross_timestep_attention_bwd(grad, *operands, out, logsumexp, call.needs_bias_grad)
