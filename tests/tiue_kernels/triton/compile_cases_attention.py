@@ -1,18 +1,13 @@
-"""Attention kernels at Stable Diffusion's shapes, to be compiled for absent GPUs.
-
-The launchers are called on meta tensors with the launch replaced by a note of its arguments.
-"""
+"""Attention kernels at Stable Diffusion's shapes, to be compiled for absent GPUs."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
-from unittest import mock
 
 import torch
-from triton.runtime.jit import JITFunction
 
-from tests.tiue_kernels.triton.compile_cases_norm import _compilation
-from tests.tiue_kernels.triton.compile_kernels import Compilation
+from tests.tiue_kernels.triton.compile_kernels import Compilation, launches_of
 from tiue_kernels.triton.cross_timestep_attention import (
     cross_timestep_attention_bwd,
     cross_timestep_attention_fwd,
@@ -57,16 +52,7 @@ def compilations() -> dict[str, Compilation]:
     """Every distinct compilation of the calls, named by the call and the kernel."""
     found: dict[str, Compilation] = {}
     for name, call in CALLS.items():
-        launches: list[Compilation] = []
-
-        def note(kernel, *args, launches=launches, grid=None, warmup=False, **options):
-            launches.append(
-                _compilation(kernel, args, options)._replace(num_stages=options["num_stages"])
-            )
-
-        with mock.patch.object(JITFunction, "run", note):
-            _run(call)
-        for launch in launches:
+        for launch in launches_of(partial(_run, call)):
             if launch not in found.values():
                 found[f"{name}-{launch.kernel.__name__.removesuffix('_kernel')}"] = launch
     return found

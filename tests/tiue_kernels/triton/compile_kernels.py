@@ -12,11 +12,14 @@ import io
 import json
 import re
 import sys
+from collections.abc import Callable
 from typing import NamedTuple
+from unittest import mock
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction, mangle_type
 
 
 class Compilation(NamedTuple):
@@ -37,6 +40,31 @@ class Compilation(NamedTuple):
     aligned: tuple[str, ...]
     num_warps: int = 4
     num_stages: int = 3
+
+
+def launches_of(call: Callable[[], object]) -> list[Compilation]:
+    """What the launchers that a call runs would compile; they are given meta tensors."""
+    launches: list[Compilation] = []
+
+    def note(kernel, *args, grid=None, warmup=False, num_warps=4, num_stages=3, **options):
+        values = dict(zip(kernel.arg_names, args, strict=False)) | options
+        signature, constants, aligned = {}, {}, []
+        for parameter in kernel.params:
+            name, value = parameter.name, values[parameter.name]
+            is_integer = isinstance(value, int) and not isinstance(value, bool)
+            if parameter.is_constexpr or value is None or (is_integer and value == 1):
+                signature[name], constants[name] = "constexpr", value
+                continue
+            signature[name] = mangle_type(value)
+            if is_integer and value % 16 == 0:
+                aligned.append(name)
+        launches.append(
+            Compilation(kernel, signature, constants, tuple(aligned), num_warps, num_stages)
+        )
+
+    with mock.patch.object(JITFunction, "run", note):
+        call()
+    return launches
 
 
 def compiled(case: Compilation, capability: int) -> dict[str, int]:
