@@ -41,28 +41,53 @@ class Capability:
         dtypes: of the data tensors; parameters of a norm may be of another floating type.
         layouts: memory formats that are read in place. Others are copied first.
         compute_capability: the least that a GPU needs, (0, 0) where the backend needs no GPU.
-        limit: arguments of the call to the reason why not, or None; forward and backward
-            arguments both.
+        limit: (arguments of the call, compute capability of the device, (0, 0) for a CPU) to the
+            reason why not, or None; forward and backward arguments both.
     """
 
     dtypes: frozenset[torch.dtype] = HALF_AND_SINGLE
     layouts: frozenset[str] = LAYOUTS
     compute_capability: tuple[int, int] = (8, 0)
-    limit: Callable[[tuple[Any, ...]], str | None] | None = None
+    limit: Callable[[tuple[Any, ...], tuple[int, int]], str | None] | None = None
 
 
-def _head_size_limit(args: tuple[Any, ...]) -> str | None:
-    query = args[1] if isinstance(args[3], torch.Tensor) else args[0]
-    num_heads = next(arg for arg in args if isinstance(arg, int))
-    size = query.shape[2] // num_heads
-    if size % 8 or size > 256:
-        return f"head size {size} is no multiple of 8 up to 256"
-    return None
+def block_memory(compute_capability: tuple[int, int]) -> int:
+    """Bytes of shared memory that a block may have (CUDA Programming Guide, table of limits)."""
+    if compute_capability in ((8, 0), (8, 7)):
+        return 163 << 10
+    return (227 if compute_capability[0] in (9, 10, 11) else 99) << 10
+
+
+def _head_sizes(
+    most_in_99_kib: dict[int, int],
+) -> Callable[[tuple[Any, ...], tuple[int, int]], str | None]:
+    """The limit of attention.
+
+    Args:
+        most_in_99_kib: bytes of an element to the largest head whose backward pass a block with
+            that little memory holds; every forward pass fits.
+    """
+
+    def limit(args: tuple[Any, ...], compute_capability: tuple[int, int]) -> str | None:
+        is_backward = isinstance(args[3], torch.Tensor)
+        query = args[1] if is_backward else args[0]
+        num_heads = next(arg for arg in args if isinstance(arg, int))
+        size = query.shape[2] // num_heads
+        if size % 8 or size > 256:
+            return f"head size {size} is no multiple of 8 up to 256"
+        has_little = compute_capability > (0, 0) and block_memory(compute_capability) <= 99 << 10
+        if is_backward and has_little and size > most_in_99_kib[query.element_size()]:
+            return (
+                f"the backward pass of head size {size} needs more than the 99 KiB of shared "
+                "memory that a block has on this device"
+            )
+        return None
+
+    return limit
 
 
 _ANYWHERE = Capability(dtypes=ANY_FLOAT, compute_capability=(0, 0))
 _KERNEL = Capability()
-_ATTENTION = Capability(limit=_head_size_limit)
 
 # operator -> backend -> what it takes; a backend that is absent has no implementation.
 TABLE: dict[str, dict[str, Capability]] = {
@@ -70,8 +95,9 @@ TABLE: dict[str, dict[str, Capability]] = {
     "broadcast_add_group_norm_silu": {"triton": _KERNEL, "reference": _ANYWHERE},
     "timestep_sum_group_norm_silu": {"triton": _KERNEL, "reference": _ANYWHERE},
     "cross_timestep_attention": {
-        "cuda": _ATTENTION,
-        "triton": _ATTENTION,
+        "cuda": Capability(limit=_head_sizes({2: 160, 4: 160})),
+        # 100 KiB from head size 200 on.
+        "triton": Capability(limit=_head_sizes({2: 192, 4: 256})),
         "reference": _ANYWHERE,
     },
     "geglu": {"triton": _KERNEL, "reference": _ANYWHERE},
@@ -144,7 +170,7 @@ def select(operator: str, args: tuple[Any, ...]) -> str:
     key = _key(args)
     order = forced or _candidates(operator, key)
     for backend in order:
-        reasons = _refusals(operator, backend, key) or _limits(operator, backend, args)
+        reasons = _refusals(operator, backend, key) or _limits(operator, backend, key, args)
         if not reasons:
             return backend
         if len(order) > 1:
@@ -180,7 +206,7 @@ def _describe(operator: str, args: tuple[Any, ...], is_call: bool = False) -> st
     for backend in dict.fromkeys((*order, *PREFERENCE)):
         reasons = list(_refusals(operator, backend, key))
         if not reasons and is_call:
-            reasons = list(_limits(operator, backend, args))
+            reasons = list(_limits(operator, backend, key, args))
         if not reasons and backend not in order:
             reasons = ["tensors on a CPU take the reference"]
             if forced:
@@ -245,10 +271,10 @@ def _refusals(operator: str, backend: str, key: _Key) -> tuple[str, ...]:
     return tuple(reasons)
 
 
-def _limits(operator: str, backend: str, args: tuple[Any, ...]) -> tuple[str, ...]:
+def _limits(operator: str, backend: str, key: _Key, args: tuple[Any, ...]) -> tuple[str, ...]:
     """Why a backend does not take these arguments, though it takes their dtype and layout."""
     limit = TABLE[operator][backend].limit
-    reason = limit(args) if limit is not None else None
+    reason = limit(args, key.compute_capability) if limit is not None else None
     return (reason,) if reason else ()
 
 

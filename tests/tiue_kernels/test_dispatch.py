@@ -102,6 +102,23 @@ def test_head_sizes_that_no_kernel_takes_are_named() -> None:
         dispatch.select("cross_timestep_attention", backward)
 
 
+@pytest.mark.parametrize(("backend", "half", "single"), [("cuda", 160, 160), ("triton", 192, 256)])
+def test_wide_heads_need_shared_memory_in_backward(backend: str, half: int, single: int) -> None:
+    limit = dispatch.TABLE["cross_timestep_attention"][backend].limit
+    for dtype, most in ((torch.float16, half), (torch.bfloat16, half), (torch.float32, single)):
+        for size in range(8, 257, 8):
+            query = torch.empty(1, 1, size, dtype=dtype)
+            forward = (query, query, query, 1, 1.0, None)
+            backward = (query, *forward, query, query, False)
+            for capability in ((0, 0), (8, 0), (8, 7), (9, 0), (10, 0), (10, 3), (11, 0)):
+                assert limit(backward, capability) is None
+            for capability in ((8, 6), (8, 9), (12, 0), (12, 1)):
+                assert limit(forward, capability) is None
+                reason = limit(backward, capability)
+                assert (reason is None) == (size <= most), (dtype, size, capability)
+                assert reason is None or f"head size {size} needs more than the 99 KiB" in reason
+
+
 def test_importing_the_package_imports_no_triton() -> None:
     code = "import sys, tiue_kernels; sys.exit('triton' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

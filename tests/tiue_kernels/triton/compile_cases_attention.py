@@ -52,13 +52,14 @@ def compilations() -> dict[str, Compilation]:
     """Every distinct compilation of the calls, named by the call and the kernel."""
     found: dict[str, Compilation] = {}
     for name, call in CALLS.items():
-        for launch in launches_of(partial(_run, call)):
+        for launch in launches_of(partial(run_launchers, call)):
             if launch not in found.values():
                 found[f"{name}-{launch.kernel.__name__.removesuffix('_kernel')}"] = launch
     return found
 
 
-def _run(call: Call) -> None:
+def run_launchers(call: Call) -> None:
+    """Forward and backward of a call, on meta tensors."""
     rows, channels = 4 * call.batch, call.heads * call.head_dim
 
     def maps(*shape: int) -> torch.Tensor:

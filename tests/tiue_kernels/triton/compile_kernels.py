@@ -68,7 +68,7 @@ def launches_of(call: Callable[[], object]) -> list[Compilation]:
 
 
 def compiled(case: Compilation, capability: int) -> dict[str, int]:
-    """Registers a thread, bytes of spills and of stack, from the log of ptxas."""
+    """Registers a thread, bytes of spills and stack, from ptxas's log; bytes of shared memory."""
     names = list(case.signature)
     aligned = [n for n, kind in case.signature.items() if kind[0] == "*" or n in case.aligned]
     source = ASTSource(
@@ -79,7 +79,7 @@ def compiled(case: Compilation, capability: int) -> dict[str, int]:
     )
     log = io.StringIO()
     with contextlib.redirect_stdout(log):
-        triton.compile(
+        kernel = triton.compile(
             source,
             target=GPUTarget("cuda", capability, 32),
             options={"num_warps": case.num_warps, "num_stages": case.num_stages},
@@ -95,6 +95,7 @@ def compiled(case: Compilation, capability: int) -> dict[str, int]:
         "registers": figure(r"Used (\d+) registers"),
         "spills": figure(r"(\d+) bytes spill stores"),
         "stack": figure(r"(\d+) bytes stack frame"),
+        "shared": kernel.metadata.shared,
     }
 
 
@@ -104,7 +105,9 @@ def main(capability: int, table: str, *words: str) -> None:
     module = importlib.import_module(f"tests.tiue_kernels.triton.compile_cases_{table}")
     for name, case in module.compilations().items():
         if all(word in name for word in words):
-            print(json.dumps({"case": name, **compiled(case, capability)}), flush=True)
+            kernel = f"{case.kernel.__module__.rpartition('.')[2]}.{case.kernel.__name__}"
+            result = {"case": name, "kernel": kernel, **compiled(case, capability)}
+            print(json.dumps(result), flush=True)
 
 
 if __name__ == "__main__":
