@@ -121,11 +121,7 @@ def _rules(target: str) -> dict[str, str]:
         # setjmp and longjmp switch stacks, which fortified builds take for an error.
         flags = f"{common} {hidden} -DTIUE_HOST -O2 -U_FORTIFY_SOURCE -Wall -Wno-unknown-pragmas"
         compile_cuda = compile_cpp = f"{compiler} {flags} -MMD -MF $out.d -x c++ -c $in -o $out"
-        return {
-            "cuda": compile_cuda,
-            "cpp": compile_cpp,
-            "link": link,
-        }
+        return {"cuda": compile_cuda, "cpp": compile_cpp, "link": link}
     nvcc = find_nvcc()
     options = f"--compiler-options '{hidden} -Wall' -O3"
     archs = " ".join(architectures())

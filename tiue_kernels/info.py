@@ -9,7 +9,7 @@ import platform
 import torch
 
 import tiue_kernels
-from tiue_kernels import cuda, dispatch
+from tiue_kernels import cpu, cuda, dispatch
 
 
 def report() -> str:
@@ -20,6 +20,7 @@ def report() -> str:
         f"{dispatch.VARIABLE}: {os.environ.get(dispatch.VARIABLE, 'not set')}",
         f"TRITON_INTERPRET: {os.environ.get('TRITON_INTERPRET', 'not set')}",
         f"CUDA library: {cuda.why_not() or 'loaded'}",
+        f"CPU library: {cpu.why_not() or 'loaded'}",
     ]
     devices = ["cpu"]
     if torch.cuda.is_available():

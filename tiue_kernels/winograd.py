@@ -154,9 +154,7 @@ def conv2d(
     return out[0] if len(out) == 1 else torch.cat(out)
 
 
-def _rows(
-    x: torch.Tensor, transformed: torch.Tensor, bias: torch.Tensor | None
-) -> torch.Tensor:
+def _rows(x: torch.Tensor, transformed: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """[rows, C, H, W] -> [rows, C_out, H, W]."""
     products = torch.bmm(transformed, torch.ops.tiue_cpu.winograd_input(x))
     return torch.ops.tiue_cpu.winograd_output(products, bias, x.shape[0], *x.shape[2:])

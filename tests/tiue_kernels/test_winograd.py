@@ -30,7 +30,9 @@ def cache(monkeypatch) -> Iterator[WeightCache]:
 
 def check(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, start: int) -> None:
     part = weight[:, start : start + x.shape[1]]
-    reference = F.conv2d(x.double(), part.double(), None if bias is None else bias.double(), padding=1)
+    reference = F.conv2d(
+        x.double(), part.double(), None if bias is None else bias.double(), padding=1
+    )
     with torch.no_grad():
         out = winograd.conv2d(x, weight, bias, 1, start)
     assert out is not None

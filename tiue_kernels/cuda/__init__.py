@@ -6,10 +6,11 @@ executed on the CPU, for tests.
 """
 
 import os
-import warnings
 from pathlib import Path
 
 import torch
+
+from tiue_kernels import libraries
 
 SCHEMAS = {
     "shared_skip_group_norm_silu": (
@@ -23,7 +24,7 @@ SCHEMAS = {
         "(Tensor query, Tensor key, Tensor value, int num_heads, float scale,"
         " Tensor? attention_bias) -> (Tensor, Tensor)",
         "(Tensor grad_out, Tensor query, Tensor key, Tensor value, int num_heads, float scale,"
-        " Tensor? attention_bias, Tensor out, Tensor logsumexp)"
+        " Tensor? attention_bias, Tensor out, Tensor logsumexp, bool needs_bias_grad)"
         " -> (Tensor, Tensor, Tensor, Tensor)",
     ),
 }
@@ -77,28 +78,10 @@ def load_host_library(path: str | os.PathLike[str]) -> None:
         _host_libraries.add(resolved)
 
 
-def _load(path: Path) -> str | None:
-    """Load the library; the reason and the cure where that fails."""
-    if not path.exists():
-        return (
-            "the CUDA library is not built: TIUE_CUDA=1 pip install --no-build-isolation . "
-            "(needs nvcc)"
-        )
-    try:
-        torch.ops.load_library(path)
-    except Exception as error:
-        # A broken library must never keep the package from being imported.
-        cause = str(error).splitlines()[0] if str(error) else type(error).__name__
-        reason = (
-            f"{path} does not load beside torch {torch.__version__}: {cause}. Rebuild it with "
-            "TIUE_CUDA=1 pip install --force-reinstall --no-deps --no-build-isolation . "
-            "or delete it; the other backends go on without it"
-        )
-        warnings.warn(reason, RuntimeWarning, stacklevel=2)
-        return reason
-    return None
-
-
-_why_not = _load(Path(__file__).parent / "libtiue_cuda.so")
+_why_not = libraries.load(
+    Path(__file__).parent / "libtiue_cuda.so",
+    "CUDA",
+    "TIUE_CUDA=1 pip install --no-build-isolation . (needs nvcc)",
+)
 if os.environ.get("TIUE_HOST_LIBRARY"):
     load_host_library(os.environ["TIUE_HOST_LIBRARY"])

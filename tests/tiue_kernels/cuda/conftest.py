@@ -1,47 +1,9 @@
-"""Builds csrc once a session: for the host with g++, and for GPUs where nvcc is found."""
+"""Memory that shows what was not written."""
 
-import fcntl
-import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 import torch
-
-from tiue_kernels import cuda
-from tiue_kernels import build
-
-
-@contextmanager
-def one_at_a_time(folder: Path) -> Iterator[None]:
-    """Workers of one session, or of two, share a build folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-@pytest.fixture(scope="session")
-def host_library() -> Path:
-    """The library whose kernels the CPU executes, loaded."""
-    if shutil.which("g++") is None:
-        pytest.skip("no g++: the CUDA kernels cannot be executed on the CPU")
-    with one_at_a_time(build.cache_folder()):
-        library = build.build("host", build.cache_folder())
-    cuda.load_host_library(library)
-    return library
-
-
-@pytest.fixture(scope="session")
-def cuda_library() -> Path:
-    """The library for GPUs, freshly built from what lies here; not loaded."""
-    try:
-        build.find_nvcc()
-    except build.BuildError as error:
-        pytest.skip(f"no nvcc: csrc is not compiled for GPUs ({error})")
-    with one_at_a_time(build.cache_folder()):
-        return build.build("cuda", build.cache_folder())
 
 
 @pytest.fixture

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tiue_kernels import cuda
-from tiue_kernels import build
+from tiue_kernels import build, cuda
 
 ROOT = Path(__file__).parents[3]
 

@@ -119,14 +119,16 @@ def sizes(tensors: Tensors, grad: torch.Tensor) -> list[float]:
     return [term.max().item() for term in terms]
 
 
-def run(module, tensors: Tensors, grad: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
+def run(
+    module, tensors: Tensors, grad: torch.Tensor, needs_bias_grad: bool = True
+) -> tuple[Tensors, torch.Tensor]:
     """Output and gradients, and the logsumexp."""
     query, key, value, bias = (*tensors, None)[:4]
     out, logsumexp = module.cross_timestep_attention_fwd(query, key, value, HEADS, SCALE, bias)
     *grads, grad_bias = module.cross_timestep_attention_bwd(
-        grad, query, key, value, HEADS, SCALE, bias, out, logsumexp
+        grad, query, key, value, HEADS, SCALE, bias, out, logsumexp, needs_bias_grad
     )
-    if bias is None:
+    if bias is None or not needs_bias_grad:
         assert grad_bias.shape == (0,)
         return (out, *grads), logsumexp
     return (out, *grads, grad_bias), logsumexp
@@ -180,8 +182,8 @@ def test_explicit_form_of_the_reference(name: str, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(reference, "_cpu_forward", lambda *args, attn_mask, scale: (
         reference._explicit_fwd(*args, scale, attn_mask)
     ))  # fmt: skip
-    monkeypatch.setattr(reference, "_cpu_backward", lambda *args, scale: (
-        reference._explicit_bwd(*args[:6], scale, None)[:3]
+    monkeypatch.setattr(reference, "_cpu_backward", lambda *args, attn_mask, scale: (
+        reference._explicit_bwd(*args[:6], scale, attn_mask)[:3]
     ))  # fmt: skip
     for dtype in (torch.float32, torch.bfloat16):
         check(reference, CASES[name], dtype)
@@ -242,6 +244,18 @@ def test_empty_batch(module, masked: bool) -> None:
     results, logsumexp = run(module, tensors, grad)
     assert [x.shape for x in results] == [x.shape for x in (tensors[0], *tensors)]
     assert logsumexp.shape == (0, HEADS, 5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("module", [reference, kernels], ids=["reference", "triton"])
+def test_the_gradient_of_a_mask_may_be_left_out(module, dtype: torch.dtype) -> None:
+    for name in ("4x1-masked", "many-keys-masked"):
+        tensors, grad = inputs(CASES[name], dtype)
+        (*whole, _), _ = run(module, tensors, grad)
+        parts, _ = run(module, tensors, grad, needs_bias_grad=False)
+        for x, y in zip(parts, whole, strict=True):  # the reference takes another form
+            bound = FLOORS[dtype] * 8 * y.abs().max().item()
+            torch.testing.assert_close(x, y, rtol=0, atol=0 if module is kernels else bound)
 
 
 UPSAMPLED = {  # rows, channels, height, width: few pixels are doubled, many take the phases
