@@ -95,7 +95,7 @@ def _to(conv: nn.Conv2d) -> None:
 
 
 def _one_element(conv: nn.Conv2d) -> None:
-    conv.weight.data[3, 5, 1, 2] += 7.0
+    conv.weight.data[3, 5, 1, 2] += 0.05
 
 
 def _copy(conv: nn.Conv2d) -> None:

@@ -20,21 +20,6 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess:
     )
 
 
-def test_a_library_that_does_not_load_gives_one_warning(tmp_path: Path) -> None:
-    broken = tmp_path / "libtiue_cuda.so"
-    broken.write_bytes(b"no library")
-    with pytest.warns(RuntimeWarning, match="does not load") as caught:
-        reason = cuda._load(broken)
-    assert len(caught) == 1
-    assert reason == str(caught[0].message)
-    assert "TIUE_CUDA=1 pip install" in reason
-
-
-def test_a_missing_library_is_said_when_asked(tmp_path: Path, recwarn) -> None:
-    assert "not built" in cuda._load(tmp_path / "libtiue_cuda.so")
-    assert not recwarn.list
-
-
 def test_why_not() -> None:
     assert cuda.why_not("geglu") == "not implemented"
     assert cuda.why_not() == cuda.why_not("cross_timestep_attention", "cuda")
