@@ -19,6 +19,7 @@ test: lint
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/clang-format --dry-run --Werror csrc/*.* csrc/*/*.*
 	$(BIN)/mypy
 
 # A result replaces the last one only when its whole file has run and passed.

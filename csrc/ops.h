@@ -24,6 +24,6 @@ Tensors2 cross_timestep_attention_fwd(Tensor query, Tensor key, Tensor value, in
 Tensors4 cross_timestep_attention_bwd(Tensor grad_out, Tensor query, Tensor key, Tensor value,
                                       int64_t num_heads, double scale,
                                       std::optional<Tensor> attention_bias, Tensor out,
-                                      Tensor logsumexp);
+                                      Tensor logsumexp, bool needs_bias_grad);
 
 }  // namespace tiue

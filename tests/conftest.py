@@ -1,12 +1,53 @@
-"""Kernels run in Triton's interpreter where there is no GPU.
+"""Triton's interpreter where there is no GPU, and csrc built once a session for all who run it.
 
-Triton reads the variable where it is imported, and diffusers imports it: so this comes first of
+Triton reads the variable where it is imported, and diffusers imports it: so it is set first of
 all, in the folder that pytest reads before it collects a test.
 """
 
+import fcntl
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
+import pytest
 import torch
+
+from tiue_kernels import cuda, dispatch
+from tiue_kernels.cuda import build
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@contextmanager
+def one_at_a_time(folder: Path) -> Iterator[None]:
+    """Workers of one session, or of two, share a build folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@pytest.fixture(scope="session")
+def host_library() -> Path:
+    """The library whose kernels the CPU executes, loaded."""
+    if shutil.which("g++") is None:
+        pytest.skip("no g++: the CUDA kernels cannot be executed on the CPU")
+    with one_at_a_time(build.cache_folder()):
+        library = build.build(build.cache_folder(), host=True)
+    cuda.load_host_library(library)
+    dispatch.reset()
+    return library
+
+
+@pytest.fixture(scope="session")
+def cuda_library() -> Path:
+    """The library for GPUs, freshly built from what lies here; not loaded."""
+    try:
+        build.find_nvcc()
+    except build.BuildError as error:
+        pytest.skip(f"no nvcc: csrc is not compiled for GPUs ({error})")
+    with one_at_a_time(build.cache_folder()):
+        return build.build(build.cache_folder())

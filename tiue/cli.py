@@ -174,10 +174,11 @@ app.command("distill")(distill_command)
 
 @app.command()
 def info() -> None:
-    """Print versions, the device and whether the embedded model is there, for a bug report."""
+    """Print versions, the device, the embedded model and the kernels, for a bug report."""
     import torch
 
     from tiue.openmoji import WEIGHTS
+    from tiue_kernels.info import report
 
     typer.echo(f"{'python':14} {platform.python_version()} on {platform.platform()}")
     for package in _VERSIONS:
@@ -190,6 +191,7 @@ def info() -> None:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
     typer.echo(f"{'device':14} {device} {name}".rstrip())
     typer.echo(f"{'OpenMoji model':14} {'in this package' if WEIGHTS.is_dir() else 'missing'}")
+    typer.echo(f"\n{report()}")
 
 
 def _check_writable(folder: Path) -> None:

@@ -2,7 +2,8 @@
 
 Tensors on a CPU take the reference. Tensors on a GPU take the first backend of `PREFERENCE` that
 the table, the installation and the device allow. `use_backend` or the environment variable
-TIUE_BACKEND forces one, and a call that it cannot serve raises with every reason.
+TIUE_BACKEND forces one, or an order of several; a call that none of them can serve raises with
+every reason.
 """
 
 from __future__ import annotations
@@ -40,28 +41,53 @@ class Capability:
         dtypes: of the data tensors; parameters of a norm may be of another floating type.
         layouts: memory formats that are read in place. Others are copied first.
         compute_capability: the least that a GPU needs, (0, 0) where the backend needs no GPU.
-        limit: arguments of the call to the reason why not, or None; forward and backward
-            arguments both.
+        limit: (arguments of the call, compute capability of the device, (0, 0) for a CPU) to the
+            reason why not, or None; forward and backward arguments both.
     """
 
     dtypes: frozenset[torch.dtype] = HALF_AND_SINGLE
     layouts: frozenset[str] = LAYOUTS
     compute_capability: tuple[int, int] = (8, 0)
-    limit: Callable[[tuple[Any, ...]], str | None] | None = None
+    limit: Callable[[tuple[Any, ...], tuple[int, int]], str | None] | None = None
 
 
-def _head_size_limit(args: tuple[Any, ...]) -> str | None:
-    query = args[1] if isinstance(args[3], torch.Tensor) else args[0]
-    num_heads = next(arg for arg in args if isinstance(arg, int))
-    size = query.shape[2] // num_heads
-    if size % 8 or size > 256:
-        return f"head size {size} is no multiple of 8 up to 256"
-    return None
+def block_memory(compute_capability: tuple[int, int]) -> int:
+    """Bytes of shared memory that a block may have (CUDA Programming Guide, table of limits)."""
+    if compute_capability in ((8, 0), (8, 7)):
+        return 163 << 10
+    return (227 if compute_capability[0] in (9, 10, 11) else 99) << 10
+
+
+def _head_sizes(
+    most_in_99_kib: dict[int, int],
+) -> Callable[[tuple[Any, ...], tuple[int, int]], str | None]:
+    """The limit of attention.
+
+    Args:
+        most_in_99_kib: bytes of an element to the largest head whose backward pass a block with
+            that little memory holds; every forward pass fits.
+    """
+
+    def limit(args: tuple[Any, ...], compute_capability: tuple[int, int]) -> str | None:
+        is_backward = isinstance(args[3], torch.Tensor)
+        query = args[1] if is_backward else args[0]
+        num_heads = next(arg for arg in args if isinstance(arg, int))
+        size = query.shape[2] // num_heads
+        if size % 8 or size > 256:
+            return f"head size {size} is no multiple of 8 up to 256"
+        has_little = compute_capability > (0, 0) and block_memory(compute_capability) <= 99 << 10
+        if is_backward and has_little and size > most_in_99_kib[query.element_size()]:
+            return (
+                f"the backward pass of head size {size} needs more than the 99 KiB of shared "
+                "memory that a block has on this device"
+            )
+        return None
+
+    return limit
 
 
 _ANYWHERE = Capability(dtypes=ANY_FLOAT, compute_capability=(0, 0))
 _KERNEL = Capability()
-_ATTENTION = Capability(limit=_head_size_limit)
 
 # operator -> backend -> what it takes; a backend that is absent has no implementation.
 TABLE: dict[str, dict[str, Capability]] = {
@@ -69,8 +95,9 @@ TABLE: dict[str, dict[str, Capability]] = {
     "broadcast_add_group_norm_silu": {"triton": _KERNEL, "reference": _ANYWHERE},
     "timestep_sum_group_norm_silu": {"triton": _KERNEL, "reference": _ANYWHERE},
     "cross_timestep_attention": {
-        "cuda": _ATTENTION,
-        "triton": _ATTENTION,
+        "cuda": Capability(limit=_head_sizes({2: 160, 4: 160})),
+        # 100 KiB from head size 200 on.
+        "triton": Capability(limit=_head_sizes({2: 192, 4: 256})),
         "reference": _ANYWHERE,
     },
     "geglu": {"triton": _KERNEL, "reference": _ANYWHERE},
@@ -80,41 +107,46 @@ TABLE: dict[str, dict[str, Capability]] = {
     "upsample_conv2d": {"reference": _ANYWHERE},
 }
 
-_forced: list[str] = []
+_forced: list[tuple[str, ...]] = []
 
 
 @contextmanager
-def use_backend(backend: str) -> Iterator[None]:
+def use_backend(*backends: str) -> Iterator[None]:
     """Forces a backend for every operator called inside, backward passes inside included.
 
-    Holds for the whole process, since autograd runs backward in threads of its own.
+    Of several, each call takes the first that can serve it: `use_backend("cuda", "reference")`
+    leaves to plain PyTorch what has no CUDA C++ kernel. Holds for the whole process, since
+    autograd runs backward in threads of its own.
 
     Args:
-        backend: "cuda", "triton" or "reference".
+        *backends: "cuda", "triton" or "reference", in the order in which to try them.
 
     Raises:
-        ValueError: there is no such backend.
-        BackendError: from an operator called inside which the backend cannot serve.
+        ValueError: there is no such backend, or none is named.
+        BackendError: from an operator called inside which none of the backends can serve.
     """
-    _forced.append(_known(backend))
+    _forced.append(_known(backends))
     try:
         yield
     finally:
         _forced.pop()
 
 
-def forced_backend() -> str | None:
-    """The backend forced by `use_backend` or, outside of it, by TIUE_BACKEND; else None."""
+def forced_backends() -> tuple[str, ...]:
+    """What `use_backend` or, outside of it, TIUE_BACKEND forces, in order; empty: nothing."""
     if _forced:
         return _forced[-1]
-    name = os.environ.get(VARIABLE)
-    return _known(name) if name else None
+    names = os.environ.get(VARIABLE)
+    return _known(tuple(name.strip() for name in names.split(","))) if names else ()
 
 
-def _known(backend: str) -> str:
-    if backend not in PREFERENCE:
-        raise ValueError(f"no backend {backend!r}: choose one of {', '.join(PREFERENCE)}")
-    return backend
+def _known(backends: tuple[str, ...]) -> tuple[str, ...]:
+    if not backends:
+        raise ValueError(f"name a backend at least: {', '.join(PREFERENCE)}")
+    for backend in backends:
+        if backend not in PREFERENCE:
+            raise ValueError(f"no backend {backend!r}: choose one of {', '.join(PREFERENCE)}")
+    return backends
 
 
 def call(name: str, *args: Any) -> Any:
@@ -132,17 +164,18 @@ def select(operator: str, args: tuple[Any, ...]) -> str:
         args: of the forward or the backward launcher; the first tensor decides.
 
     Raises:
-        BackendError: the forced backend cannot.
+        BackendError: none of the forced backends can.
     """
-    forced = forced_backend()
+    forced = forced_backends()
     key = _key(args)
-    for backend in _candidates(operator, key) if forced is None else (forced,):
-        reasons = _refusals(operator, backend, key) or _limits(operator, backend, args)
+    order = forced or _candidates(operator, key)
+    for backend in order:
+        reasons = _refusals(operator, backend, key) or _limits(operator, backend, key, args)
         if not reasons:
             return backend
-        if forced is None:
+        if len(order) > 1:
             _tell_once(operator, backend, reasons)
-    attempt = f"on the forced backend {forced}" if forced else "on any backend"
+    attempt = f"on the forced backend {' or '.join(forced)}" if forced else "on any backend"
     reasons_of_all = _describe(operator, args, is_call=True)
     raise BackendError(f"{operator} cannot run {attempt}:\n{reasons_of_all}")
 
@@ -167,15 +200,17 @@ def explain(operator: str, *tensors: torch.Tensor) -> str:
 
 def _describe(operator: str, args: tuple[Any, ...], is_call: bool = False) -> str:
     key = _key(args)
-    forced = forced_backend()
-    order = (forced,) if forced else _candidates(operator, key)
+    forced = forced_backends()
+    order = forced or _candidates(operator, key)
     lines, chosen = [], False
     for backend in dict.fromkeys((*order, *PREFERENCE)):
         reasons = list(_refusals(operator, backend, key))
         if not reasons and is_call:
-            reasons = list(_limits(operator, backend, args))
+            reasons = list(_limits(operator, backend, key, args))
         if not reasons and backend not in order:
-            reasons = [f"{order[0]} is forced" if forced else "tensors on a CPU take the reference"]
+            reasons = ["tensors on a CPU take the reference"]
+            if forced:
+                reasons = [f"{' or '.join(forced)} is forced"]
         if not reasons:
             reasons = ["may run" if chosen else "runs"]
             chosen = True
@@ -236,10 +271,10 @@ def _refusals(operator: str, backend: str, key: _Key) -> tuple[str, ...]:
     return tuple(reasons)
 
 
-def _limits(operator: str, backend: str, args: tuple[Any, ...]) -> tuple[str, ...]:
+def _limits(operator: str, backend: str, key: _Key, args: tuple[Any, ...]) -> tuple[str, ...]:
     """Why a backend does not take these arguments, though it takes their dtype and layout."""
     limit = TABLE[operator][backend].limit
-    reason = limit(args) if limit is not None else None
+    reason = limit(args, key.compute_capability) if limit is not None else None
     return (reason,) if reason else ()
 
 

@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <numeric>
 #include <optional>
 #include <tuple>
@@ -35,6 +36,8 @@ struct Device {
   template <typename Params>
   void launch(void (*kernel)(Params), int64_t blocks, int threads, size_t shared_bytes,
               const Params& params) const {
+    STD_TORCH_CHECK(shared_bytes <= std::max(this->shared_bytes(), size_t{48 * 1024}),
+                    "the kernel needs more shared memory than this device has");
     host::launch(kernel, blocks, threads, shared_bytes, params);
   }
 };

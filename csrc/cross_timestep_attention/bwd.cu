@@ -341,7 +341,7 @@ __global__ void __launch_bounds__(KeyTraits<T, kDim>::kThreads, 1)
 Tensors4 cross_timestep_attention_bwd(Tensor grad_out, Tensor query, Tensor key, Tensor value,
                                       int64_t num_heads, double scale,
                                       std::optional<Tensor> attention_bias, Tensor out,
-                                      Tensor logsumexp) {
+                                      Tensor logsumexp, bool needs_bias_grad) {
   using namespace attention;
   Device device(query);
   Geometry g = make_geometry(query, key, num_heads, scale);
@@ -355,7 +355,8 @@ Tensors4 cross_timestep_attention_bwd(Tensor grad_out, Tensor query, Tensor key,
   Tensor grad_query = torch::stable::new_empty(query, query.sizes());
   Tensor grad_key = torch::stable::new_empty(key, key.sizes());
   Tensor grad_value = torch::stable::new_empty(value, value.sizes());
-  Tensor grad_bias = attention_bias
+  needs_bias_grad = needs_bias_grad && attention_bias;
+  Tensor grad_bias = needs_bias_grad
                          ? torch::stable::new_empty(*attention_bias, attention_bias->sizes())
                          : torch::stable::new_empty(query, {0});
   Tensor delta = torch::stable::new_empty(query, logsumexp.sizes(), ScalarType::Float);
@@ -397,16 +398,17 @@ Tensors4 cross_timestep_attention_bwd(Tensor grad_out, Tensor query, Tensor key,
     params.splits = static_cast<int>(std::clamp<int64_t>((wanted + blocks - 1) / blocks, 1, most));
     int64_t splits = params.splits;
     Tensor partial = new_float(query, {2, splits > 1 ? splits * key.numel() : 0});
-    Tensor partial_bias = new_float(query, {bias ? splits * g.heads * bias->numel() : 0});
+    Tensor partial_bias =
+        new_float(query, {needs_bias_grad ? splits * g.heads * bias->numel() : 0});
     params.partial_key = data<float>(partial);
     params.partial_value = params.partial_key + partial.numel() / 2;
-    params.partial_bias = bias ? data<float>(partial_bias) : nullptr;
+    params.partial_bias = needs_bias_grad ? data<float>(partial_bias) : nullptr;
     device.launch(key_kernel<T, kDim>, blocks * splits, Key::kThreads, Key::kSharedBytes, params);
     if (splits > 1) {
       sum_rows(device, params.partial_key, grad_key, params.splits, grad_key.numel(), 0);
       sum_rows(device, params.partial_value, grad_value, params.splits, grad_value.numel(), 0);
     }
-    if (bias) {
+    if (needs_bias_grad) {
       sum_rows(device, params.partial_bias, grad_bias, params.splits * g.heads, grad_bias.numel(),
                0);
     }

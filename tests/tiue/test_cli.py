@@ -14,6 +14,7 @@ from typer.testing import CliRunner, Result
 from tests.tiue.tiny import tiny_pipeline
 from tiue import TiUEPipeline
 from tiue.cli import app
+from tiue_kernels.info import report
 
 
 @pytest.fixture(scope="module")
@@ -159,9 +160,10 @@ def test_a_nan_is_one_line_and_exit_code_1(tmp_path):
     assert names(tmp_path / "out") == []
 
 
-def test_info_names_versions_and_device():
+def test_info_names_versions_device_and_kernels():
     result = run("info")
     assert result.exit_code == 0
+    assert result.output.endswith(f"\n\n{report()}\n")
     assert re.search(rf"^torch +{re.escape(torch.__version__)}$", result.output, re.MULTILINE)
     assert re.search(r"^device +\w+", result.output, re.MULTILINE)
 

@@ -63,11 +63,13 @@ def _add_conv(hidden, shared, temb, norm_weight, norm_bias, weight, bias) -> Ten
     return (F.conv2d(active, weight, bias, padding=1),)
 
 
-def _attention(query, key, value) -> Tensors:
+def _attention(query, key, value, bias=None) -> Tensors:
     def heads(x):
         return x.unflatten(2, (2, -1)).transpose(1, 2)
 
-    out = F.scaled_dot_product_attention(heads(query), heads(repeat(key)), heads(repeat(value)))
+    mask = None if bias is None else repeat(bias)[:, None].to(query.dtype)
+    query, key, value = heads(query), heads(repeat(key)), heads(repeat(value))
+    out = F.scaled_dot_product_attention(query, key, value, mask)
     return (out.transpose(1, 2).flatten(2),)
 
 
@@ -111,6 +113,13 @@ def _kl(noise_pred) -> Tensors:
     return (0.5 * (mean**2 + variance - 1 - variance.log()),)
 
 
+_tokens = {
+    "query": noise(K * B, 5, 16),
+    "key": noise(B, 7, 16),
+    "value": noise(B, 7, 16, seed=1),
+}
+_mask = torch.zeros(B, 1, 7)
+_mask[0, :, 4:] = -torch.inf
 _hidden = {"hidden": noise(K * B, 9, 4, 5)}
 _skip = {"skip": noise(B, 7, 4, 5, seed=1)}
 _norm = {"norm_weight": noise(16), "norm_bias": noise(16, seed=1)}
@@ -177,9 +186,15 @@ CALLS: dict[str, Call] = {
         ("timestep_sum_group_norm_silu",),
     ),
     "cross_timestep_attention": Call(
-        {"query": noise(K * B, 5, 16), "key": noise(B, 7, 16), "value": noise(B, 7, 16, seed=1)},
+        _tokens,
         lambda q, k, v: (functional.cross_timestep_attention(q, k, v, 2),),
         _attention,
+        ("cross_timestep_attention",),
+    ),
+    "cross_timestep_attention_masked": Call(
+        _tokens,
+        lambda q, k, v: (functional.cross_timestep_attention(q, k, v, 2, attention_bias=_mask),),
+        lambda q, k, v: _attention(q, k, v, _mask),
         ("cross_timestep_attention",),
     ),
     "geglu": Call({"x": noise(K * B, 5, 12)}, lambda x: (functional.geglu(x),), _geglu, ("geglu",)),

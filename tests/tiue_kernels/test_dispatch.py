@@ -30,6 +30,10 @@ def test_every_backend_is_a_known_one() -> None:
 def test_names_that_do_not_exist_are_refused() -> None:
     with pytest.raises(ValueError, match="no backend 'tritn': choose one of cuda, triton"):
         use_backend("tritn").__enter__()
+    with pytest.raises(ValueError, match="no backend 'gpu': choose one of"):
+        use_backend("cuda", "gpu").__enter__()
+    with pytest.raises(ValueError, match="name a backend at least: cuda, triton, reference"):
+        use_backend().__enter__()
     with pytest.raises(ValueError, match="no operator 'gelu': choose one of"):
         explain("gelu", x())
 
@@ -60,9 +64,32 @@ def test_the_variable_forces_and_the_context_overrides_it(monkeypatch) -> None:
 def test_contexts_nest_and_end() -> None:
     with use_backend("reference"):
         with use_backend("triton"):
-            assert dispatch.forced_backend() == "triton"
-        assert dispatch.forced_backend() == "reference"
-    assert dispatch.forced_backend() is None
+            assert dispatch.forced_backends() == ("triton",)
+        assert dispatch.forced_backends() == ("reference",)
+    assert dispatch.forced_backends() == ()
+
+
+def test_of_several_the_first_that_can_serves(monkeypatch, caplog) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    pytest.importorskip("triton")
+    dispatch._tell_once.cache_clear()
+    with use_backend("triton", "reference"), caplog.at_level("INFO", dispatch.logger.name):
+        assert dispatch.select("geglu", (x(),)) == "triton"
+        for _ in range(2):
+            assert dispatch.select("geglu", (x(torch.float64),)) == "reference"
+        assert dispatch.select("upsample_conv2d", (x(),)) == "reference"
+        lines = explain("geglu", x()).splitlines()
+    assert lines[:2] == ["  triton: runs", "  reference: may run"]
+    assert "geglu does not run on triton: torch.float64 is not one of" in caplog.text
+    assert "upsample_conv2d does not run on triton: not implemented" in caplog.text
+    assert len(caplog.records) == 2
+    with (
+        use_backend("cuda", "triton"),
+        pytest.raises(BackendError, match="the forced backend cuda or triton"),
+    ):
+        dispatch.select("upsample_conv2d", (x(),))
+    monkeypatch.setenv(dispatch.VARIABLE, "cuda, reference")
+    assert dispatch.select("geglu", (x(),)) == "reference"
 
 
 def test_head_sizes_that_no_kernel_takes_are_named() -> None:
@@ -73,6 +100,23 @@ def test_head_sizes_that_no_kernel_takes_are_named() -> None:
     backward = (query, query, query, query, 2, 1.0, None, query, query)
     with use_backend("triton"), pytest.raises(BackendError, match="head size 10 is no multiple"):
         dispatch.select("cross_timestep_attention", backward)
+
+
+@pytest.mark.parametrize(("backend", "half", "single"), [("cuda", 160, 160), ("triton", 192, 256)])
+def test_wide_heads_need_shared_memory_in_backward(backend: str, half: int, single: int) -> None:
+    limit = dispatch.TABLE["cross_timestep_attention"][backend].limit
+    for dtype, most in ((torch.float16, half), (torch.bfloat16, half), (torch.float32, single)):
+        for size in range(8, 257, 8):
+            query = torch.empty(1, 1, size, dtype=dtype)
+            forward = (query, query, query, 1, 1.0, None)
+            backward = (query, *forward, query, query, False)
+            for capability in ((0, 0), (8, 0), (8, 7), (9, 0), (10, 0), (10, 3), (11, 0)):
+                assert limit(backward, capability) is None
+            for capability in ((8, 6), (8, 9), (12, 0), (12, 1)):
+                assert limit(forward, capability) is None
+                reason = limit(backward, capability)
+                assert (reason is None) == (size <= most), (dtype, size, capability)
+                assert reason is None or f"head size {size} needs more than the 99 KiB" in reason
 
 
 def test_importing_the_package_imports_no_triton() -> None:

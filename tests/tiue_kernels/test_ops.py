@@ -11,6 +11,7 @@ from tests.tolerances import ROUNDING_FLOORS
 from tiue_kernels import dispatch, functional, use_backend
 from tiue_kernels.ops import cross_timestep_attention as attention_op
 from tiue_kernels.ops import geglu as geglu_op
+from tiue_kernels.reference import cross_timestep_attention as reference_attention
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 BACKENDS = ("reference", "triton")
@@ -165,6 +166,30 @@ def test_frozen_weights_get_no_gradient() -> None:
     weight = rest[-2].requires_grad_()
     (out,) = call.run(hidden.detach(), *rest)
     assert torch.autograd.grad(out.sum(), weight)[0].shape == weight.shape
+
+
+@pytest.mark.parametrize("needs_grad", [False, True])
+def test_the_gradient_of_an_attention_bias_is_computed_where_it_is_needed(
+    needs_grad: bool, monkeypatch
+) -> None:
+    asked = []
+    plain = reference_attention.cross_timestep_attention_bwd
+
+    def noted(*args):
+        asked.append(args[-1])
+        return plain(*args)
+
+    monkeypatch.setattr(dispatch, "_launcher", lambda backend, operator, name: (
+        noted if name.endswith("_bwd") else reference_attention.cross_timestep_attention_fwd
+    ))  # fmt: skip
+    call = CALLS["cross_timestep_attention"]
+    query, key, value = (tensor.float().requires_grad_() for tensor in call.tensors.values())
+    bias = noise(B, 1, key.shape[1]).float().requires_grad_(needs_grad)
+    out = functional.cross_timestep_attention(query, key, value, 2, attention_bias=bias)
+    out.sum().backward()
+    assert asked == [needs_grad]
+    assert (bias.grad is not None) == needs_grad
+    assert query.grad is not None
 
 
 def test_backward_operators_are_named_like_their_forward() -> None:

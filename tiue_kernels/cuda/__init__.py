@@ -23,7 +23,7 @@ SCHEMAS = {
         "(Tensor query, Tensor key, Tensor value, int num_heads, float scale,"
         " Tensor? attention_bias) -> (Tensor, Tensor)",
         "(Tensor grad_out, Tensor query, Tensor key, Tensor value, int num_heads, float scale,"
-        " Tensor? attention_bias, Tensor out, Tensor logsumexp)"
+        " Tensor? attention_bias, Tensor out, Tensor logsumexp, bool needs_bias_grad)"
         " -> (Tensor, Tensor, Tensor, Tensor)",
     ),
 }

@@ -26,7 +26,17 @@ def cross_timestep_attention_bwd(
     attention_bias: torch.Tensor | None,
     out: torch.Tensor,
     logsumexp: torch.Tensor,
+    needs_bias_grad: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     return torch.ops.tiue_cuda.cross_timestep_attention_bwd(
-        grad_out, query, key, value, num_heads, scale, attention_bias, out, logsumexp
+        grad_out,
+        query,
+        key,
+        value,
+        num_heads,
+        scale,
+        attention_bias,
+        out,
+        logsumexp,
+        needs_bias_grad,
     )

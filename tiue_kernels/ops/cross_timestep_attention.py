@@ -11,10 +11,13 @@ def _fake_fwd(query, key, value, num_heads, scale, attention_bias):
     return query.new_empty(query.shape), logsumexp
 
 
-def _fake_bwd(grad_out, query, key, value, num_heads, scale, attention_bias, out, logsumexp):
+def _fake_bwd(
+    grad_out, query, key, value, num_heads, scale, attention_bias, out, logsumexp, needs_bias_grad
+):
     grads = [tensor.new_empty(tensor.shape) for tensor in (query, key, value)]
-    bias = query.new_empty(0) if attention_bias is None else attention_bias
-    return *grads, bias.new_empty(bias.shape)
+    if attention_bias is None or not needs_bias_grad:
+        return *grads, query.new_empty(0)
+    return *grads, attention_bias.new_empty(attention_bias.shape)
 
 
 forward = define(
@@ -26,7 +29,8 @@ forward = define(
 backward = define(
     "cross_timestep_attention_bwd",
     "(Tensor grad_out, Tensor query, Tensor key, Tensor value, int num_heads, float scale,"
-    " Tensor? attention_bias, Tensor out, Tensor logsumexp) -> (Tensor, Tensor, Tensor, Tensor)",
+    " Tensor? attention_bias, Tensor out, Tensor logsumexp, bool needs_bias_grad)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
     _fake_bwd,
 )
 
@@ -38,10 +42,19 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, grad_out, _logsumexp):
     query, key, value, attention_bias, *output = ctx.saved_tensors
+    needs_bias_grad = ctx.needs_input_grad[5]
     *grads, grad_bias = backward(
-        grad_out, query, key, value, ctx.num_heads, ctx.scale, attention_bias, *output
+        grad_out,
+        query,
+        key,
+        value,
+        ctx.num_heads,
+        ctx.scale,
+        attention_bias,
+        *output,
+        needs_bias_grad,
     )
-    return *grads, None, None, None if attention_bias is None else grad_bias
+    return *grads, None, None, grad_bias if needs_bias_grad else None
 
 
 torch.library.register_autograd(

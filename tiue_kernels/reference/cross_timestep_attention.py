@@ -48,10 +48,11 @@ def cross_timestep_attention_bwd(
     attention_bias: torch.Tensor | None,
     out: torch.Tensor,
     logsumexp: torch.Tensor,
+    needs_bias_grad: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     grad_bias = query.new_empty(0)
     if not query.numel():
-        if attention_bias is not None:
+        if attention_bias is not None and needs_bias_grad:
             grad_bias = torch.zeros_like(attention_bias)
         return torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value), grad_bias
     copies = _copies(query, key)
@@ -61,17 +62,17 @@ def cross_timestep_attention_bwd(
     grad_out, queries, out, key, value = (_split(x, num_heads) for x in (*folded, key, value))
     logsumexp = _fold_logsumexp(logsumexp, batch)
     tensors = (grad_out, queries, key, value, out, logsumexp)
-    if bias is not None and attention_bias is not None:  # torch's kernels give it no gradient
+    if attention_bias is not None and needs_bias_grad:  # torch's kernels give it no gradient
         *grads, grad_bias = _explicit_bwd(*tensors, scale, bias)
         grad_bias = _sum_copies(grad_bias, copies).to(attention_bias.dtype)
     elif query.device.type == "cpu":
-        grads = _cpu_backward(*tensors, 0.0, False, scale=scale)
-    elif _has_flash(query, None):
+        grads = _cpu_backward(*tensors, 0.0, False, attn_mask=bias, scale=scale)
+    elif _has_flash(query, bias):
         lengths = (None, None, queries.shape[2], key.shape[2])
         seed = torch.empty(0, dtype=torch.int64, device=query.device)  # of a dropout of 0
         grads = _cuda_backward(*tensors, *lengths, 0.0, False, seed, seed, scale=scale)
     else:
-        *grads, _ = _explicit_bwd(*tensors, scale, None)
+        *grads, _ = _explicit_bwd(*tensors, scale, bias)
     grad_query, grad_key, grad_value = (_join(x) for x in grads)
     grad_key, grad_value = (_sum_copies(x, copies) for x in (grad_key, grad_value))
     return _unfold(grad_query, query.shape), grad_key, grad_value, grad_bias

@@ -97,8 +97,8 @@ def grad_key_value_kernel(
     grad_ptr, q_ptr, k_ptr, v_ptr, bias_ptr, lse_ptr, delta_ptr, grad_k_ptr, grad_v_ptr,
     grad_bias_ptr, scale, n_runs, blocks_per_run, n_key_rows, n_heads, n_queries, n_tokens, n_keys,
     stride_gr, stride_gt, stride_qr, stride_qt, stride_kr, stride_kt, stride_vr, stride_vt,
-    HAS_BIAS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    TAIL_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr
+    HAS_BIAS: tl.constexpr, NEEDS_BIAS_GRAD: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr, TAIL_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr
 ):  # fmt: skip
     pid = tl.program_id(0)
     run = pid % n_runs
@@ -121,6 +121,7 @@ def grad_key_value_kernel(
         tail_v = tl.zeros([BLOCK_K, TAIL_D], tl.float32)
     if HAS_BIAS:
         bias = load_bias(bias_ptr, key_row, offs_k, n_keys, HAS_BIAS)
+    if NEEDS_BIAS_GRAD:
         acc_bias = tl.zeros([BLOCK_K], tl.float32)
     q_ptr += head * HEAD_DIM
     grad_ptr += head * HEAD_DIM
@@ -162,7 +163,7 @@ def grad_key_value_kernel(
             s += bias[:, None]
         p = tl.exp2(s - lse[None, :])
         grad_s = p * (grad_p - delta[None, :])
-        if HAS_BIAS:
+        if NEEDS_BIAS_GRAD:
             acc_bias += tl.sum(grad_s, 1)
         p = p.to(grad.dtype)
         grad_s = grad_s.to(q.dtype)
@@ -179,6 +180,6 @@ def grad_key_value_kernel(
     if TAIL_D > 0:
         store_rows(grad_k_ptr, offs, mask_k, tail_k * scale, BLOCK_D, TAIL_D, HEAD_DIM)
         store_rows(grad_v_ptr, offs, mask_k, tail_v, BLOCK_D, TAIL_D, HEAD_DIM)
-    if HAS_BIAS:  # (runs, heads, key rows, keys)
+    if NEEDS_BIAS_GRAD:  # (runs, heads, key rows, keys)
         row = ((run * n_heads + head) * n_key_rows + key_row).to(tl.int64)
         tl.store(grad_bias_ptr + row * n_keys + offs_k, acc_bias, mask=mask_k)

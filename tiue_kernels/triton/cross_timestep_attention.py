@@ -104,10 +104,11 @@ def cross_timestep_attention_bwd(
     attention_bias: torch.Tensor | None,
     out: torch.Tensor,
     logsumexp: torch.Tensor,
+    needs_bias_grad: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     if not query.numel():
         grad_bias = query.new_empty(0)
-        if attention_bias is not None:
+        if attention_bias is not None and needs_bias_grad:
             grad_bias = torch.zeros_like(attention_bias)
         return torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value), grad_bias
     call = _Call(query, key, value, num_heads, attention_bias)
@@ -132,7 +133,8 @@ def cross_timestep_attention_bwd(
     dtype = torch.float32 if runs > 1 else query.dtype
     grad_key = torch.empty((runs, *key.shape), dtype=dtype, device=query.device)
     grad_value = torch.empty((runs, *key.shape), dtype=dtype, device=query.device)
-    shape = (runs, num_heads, key.shape[0], call.keys) if call.has_bias else (0,)
+    needs_bias_grad = needs_bias_grad and call.has_bias
+    shape = (runs, num_heads, key.shape[0], call.keys) if needs_bias_grad else (0,)
     grad_bias = torch.empty(shape, dtype=torch.float32, device=query.device)
     with on_device_of(query):
         grad_key_value_kernel[(programs * runs,)](
@@ -140,10 +142,11 @@ def cross_timestep_attention_bwd(
             *(scale, runs, blocks_per_run, *call.sizes),
             *_strides(grad_out, call.query, call.key, call.value),
             **call.meta(block),
+            NEEDS_BIAS_GRAD=needs_bias_grad,
         )
     if runs > 1:
         grad_key, grad_value = (x.sum(0).to(query.dtype) for x in (grad_key, grad_value))
-    if attention_bias is not None:
+    if attention_bias is not None and needs_bias_grad:
         grad_bias = grad_bias.sum((0, 1))[:, None].to(attention_bias.dtype)
     else:
         grad_bias = query.new_empty(0)

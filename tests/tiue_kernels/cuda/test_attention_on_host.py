@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.tiue_kernels.cuda.criterion import check, noise, plain_attention
+from tiue_kernels import dispatch
 from tiue_kernels.cuda.cross_timestep_attention import (
     cross_timestep_attention_bwd,
     cross_timestep_attention_fwd,
@@ -81,7 +82,7 @@ def run_kernels(tensors, heads: int) -> tuple[tuple[torch.Tensor, ...], tuple[to
     out, logsumexp = cross_timestep_attention_fwd(query, key, value, heads, scale, bias)
     grad = noise(*out.shape, dtype=out.dtype, seed=4)
     gradients = cross_timestep_attention_bwd(
-        grad, query, key, value, heads, scale, bias, out, logsumexp
+        grad, query, key, value, heads, scale, bias, out, logsumexp, True
     )
     if bias is None:
         assert gradients[3].shape == (0,)
@@ -101,12 +102,12 @@ def check_case(tensors, heads: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_attention(case: Case, dtype: torch.dtype, poisoned) -> None:
+def test_attention(case: Case, dtype: torch.dtype, fences) -> None:
     check_case(make(case, dtype), case.heads, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-def test_slices(dtype: torch.dtype, poisoned) -> None:
+def test_slices(dtype: torch.dtype, fences) -> None:
     joined = noise(4, 21, 3 * 80, dtype=dtype)
     check_case(tuple(joined.chunk(3, dim=2)), 2, dtype)  # read in place
     odd = noise(4, 21, 3 * 80 + 1, dtype=dtype)[:, :, 1:]  # rows off 16 bytes
@@ -114,8 +115,20 @@ def test_slices(dtype: torch.dtype, poisoned) -> None:
     check_case(tuple(part[::2, 3:] for part in joined.chunk(3, dim=2)), 2, dtype)
 
 
+@pytest.mark.parametrize("name", ["queries_split", "self_attention_masked"])
+def test_the_gradient_of_a_mask_may_be_left_out(name: str, fences) -> None:
+    query, key, value, bias = make(CASES[name], torch.float16)
+    out, logsumexp = cross_timestep_attention_fwd(query, key, value, 1, 0.3, bias)
+    grad = noise(*out.shape, dtype=out.dtype, seed=4)
+    operands = (grad, query, key, value, 1, 0.3, bias, out, logsumexp)
+    *whole, _ = cross_timestep_attention_bwd(*operands, True)
+    *parts, none = cross_timestep_attention_bwd(*operands, False)
+    assert none.shape == (0,)
+    assert all(torch.equal(a, b) for a, b in zip(parts, whole, strict=True))
+
+
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-def test_one_key(dtype: torch.dtype, poisoned) -> None:
+def test_one_key(dtype: torch.dtype, fences) -> None:
     """Its probability is 1: the output is the value, and no gradient reaches the scores."""
     query, key, value, bias = make(Case(2, 1, 3, 1, bias=True), dtype)
     bias[:] = 2.0
@@ -141,13 +154,33 @@ def test_logsumexp() -> None:
 
 
 @pytest.mark.parametrize("name", ["self_attention_masked", "queries_split", "head_of_160"])
-def test_same_bits_in_any_order_of_warps(name: str, poisoned, monkeypatch) -> None:
+def test_same_bits_in_any_order_of_warps(name: str, fences, monkeypatch) -> None:
     """What a missing barrier leaves to chance would differ."""
     tensors = make(CASES[name], torch.float16)
     first, _ = run_kernels(tensors, CASES[name].heads)
     monkeypatch.setenv("TIUE_HOST_ORDER", "reversed")
     second, _ = run_kernels(tensors, CASES[name].heads)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("head_dim", [64, 80, 160, 168, 256])
+def test_the_table_refuses_what_99_kib_of_shared_memory_do_not_hold(
+    head_dim: int, dtype: torch.dtype, monkeypatch
+) -> None:
+    monkeypatch.setenv("TIUE_HOST_SHARED_BYTES", str(99 * 1024))
+    limit = dispatch.TABLE["cross_timestep_attention"]["cuda"].limit
+    for keys in (77, 160):
+        query, key, value = make(Case(2, 1, 3, keys, head_dim=head_dim), dtype)
+        forward = (query, key, value, 1, 1.0, None)
+        assert limit(forward, (8, 6)) is None
+        out, logsumexp = cross_timestep_attention_fwd(*forward)
+        backward = (out, *forward, out, logsumexp, False)
+        if limit(backward, (8, 6)) is None:
+            cross_timestep_attention_bwd(*backward)
+        else:
+            with pytest.raises(RuntimeError, match="needs more shared memory"):
+                cross_timestep_attention_bwd(*backward)
 
 
 @pytest.mark.parametrize("head_dim", [12, 264])

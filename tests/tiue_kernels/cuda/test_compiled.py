@@ -10,13 +10,14 @@ from pathlib import Path
 
 import pytest
 
+from tests.tiue_kernels.spills import Allowed, complaints
 from tiue_kernels.cuda import build
 
 ROOT = Path(__file__).parents[3]
 pytestmark = pytest.mark.timeout(1500)
 
-# Kernels that may spill: part of the mangled name -> (bytes, why). None does.
-SPILLS: dict[str, tuple[int, str]] = {}
+# Kernels that may spill, by architecture and mangled name. None does.
+ALLOWED: dict[str, Allowed] = {}
 
 
 def kernels(log: str) -> list[tuple[str, str, int]]:
@@ -34,9 +35,7 @@ def test_no_register_spills(cuda_library: Path) -> None:
             assert {arch for arch, *_ in compiled} == {"sm_80", "sm_90a"}, source
             found += compiled
     assert len(found) > 200
-    for arch, name, size in found:
-        allowed = max((most for part, (most, _) in SPILLS.items() if part in name), default=0)
-        assert size <= allowed, f"{name} for {arch} spills {size} bytes"
+    assert complaints({f"{arch} {name}": size for arch, name, size in found}, ALLOWED) == []
 
 
 def test_stable_abi_only(cuda_library: Path) -> None:

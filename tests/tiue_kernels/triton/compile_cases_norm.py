@@ -1,18 +1,16 @@
 """Norm and pointwise kernels at Stable Diffusion's shapes, to be compiled for absent GPUs.
 
-The launchers are called on meta tensors with the launch replaced by a note of its arguments: what
-is compiled is what a real call would compile, block sizes and specialisation included.
+What is compiled is what a real call would compile, block sizes and specialisation included.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from unittest import mock
+from functools import partial
 
 import torch
-from triton.runtime.jit import JITFunction, mangle_type
 
-from tests.tiue_kernels.triton.compile_kernels import Compilation
+from tests.tiue_kernels.triton.compile_kernels import Compilation, launches_of
 from tiue_kernels.triton import (
     broadcast_add_group_norm_silu as broadcast_add,
 )
@@ -99,32 +97,9 @@ def compilations() -> dict[str, Compilation]:
                 laid = memory_format if len(shape) == 4 else torch.contiguous_format
                 return torch.empty(shape, dtype=dtype, device="meta", memory_format=laid)
 
-            launches: list[Compilation] = []
-
-            def note(kernel, *args, launches=launches, grid=None, warmup=False, **options):
-                launches.append(_compilation(kernel, args, options))
-
-            with mock.patch.object(JITFunction, "run", note):
-                call(maps)
-            for launch in launches:
+            for launch in launches_of(partial(call, maps)):
                 if launch not in found.values():
                     kernel = launch.kernel.__name__.strip("_").removesuffix("_kernel")
                     number = sum(key.startswith(f"{name}-{form}-{kernel}") for key in found)
                     found[f"{name}-{form}-{kernel}" + (f"-{number}" if number else "")] = launch
     return found
-
-
-def _compilation(kernel: JITFunction, args: tuple, options: dict) -> Compilation:
-    num_warps = options.pop("num_warps", 4)
-    values = dict(zip(kernel.arg_names, args, strict=False)) | options
-    signature, constants, aligned = {}, {}, []
-    for parameter in kernel.params:
-        name, value = parameter.name, values[parameter.name]
-        is_integer = isinstance(value, int) and not isinstance(value, bool)
-        if parameter.is_constexpr or value is None or (is_integer and value == 1):
-            signature[name], constants[name] = "constexpr", value
-            continue
-        signature[name] = mangle_type(value)
-        if is_integer and value % 16 == 0:
-            aligned.append(name)
-    return Compilation(kernel, signature, constants, tuple(aligned), num_warps)

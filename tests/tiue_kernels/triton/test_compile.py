@@ -4,47 +4,87 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from tests.tiue_kernels.spills import Allowed, complaints
+from tiue_kernels import dispatch
 
 pytest.importorskip("triton")
 
 ROOT = Path(__file__).parents[3]
-# Compute capability, table of cases, part of their names. Norms: every form on sm_90, half on all.
+# Whatever a launcher launches ends in _kernel.
+KERNELS = {
+    f"{path.stem}.{name}"
+    for path in (ROOT / "tiue_kernels" / "triton").glob("*.py")
+    for name in re.findall(r"^def (\w+_kernel)\(", path.read_text(), re.MULTILINE)
+}
+CAPABILITIES = (80, 90, 100)
+# Table of cases, part of their names, compute capability: half on all, float32's norms on one.
 RUNS = [
-    (80, "norm", "f16"),
-    (90, "norm", "f16"),
-    (90, "norm", "f32"),
-    (100, "norm", "f16"),
-    (80, "attention", ""),
-    (90, "attention", ""),
-    (100, "attention", ""),
+    *(("norm", "f16", capability) for capability in CAPABILITIES),
+    ("norm", "f32", 90),
+    *(("attention", "", capability) for capability in CAPABILITIES),
 ]
-# (capability, case) to bytes a thread. In each, ptxas stops by itself at 64 or 128 registers, for
-# four or two programs of 8 warps a processor, and spills two words where it could take more.
+_ROUND = (
+    "ptxas stops by itself at 64 or 128 registers, for four or two programs of 8 warps a processor,"
+    " and spills two words where it could take more"
+)
+# Table and capability to the cases that may spill.
 ALLOWED = {
-    (80, "up2-straddling-f16-nhwc-forward"): 8,
-    (90, "up3-add-f16-backward"): 8,
-    (100, "up3-add-f16-backward"): 8,
+    ("norm", 80): {"up2-straddling-f16-nhwc-forward": Allowed(8, _ROUND)},
+    ("norm", 90): {"up3-add-f16-backward": Allowed(8, _ROUND)},
+    ("norm", 100): {"up3-add-f16-backward": Allowed(8, _ROUND)},
 }
 
 
-@pytest.mark.timeout(900)  # a minute each on an idle core
-@pytest.mark.parametrize(("capability", "table", "words"), RUNS)
-def test_kernels_compile_without_spills(capability, table, words, tmp_path):
+def compile_for(capability: int, table: str, words: str, cache: Path) -> dict[str, dict]:
+    """What ptxas says of each case."""
     # Compiled kernels cannot be had in a process whose triton interprets.
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(cache)}
     done = subprocess.run(
         [sys.executable, "-m", "tests.tiue_kernels.triton.compile_kernels", str(capability), table,
          words],
         cwd=ROOT, env=environment, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
-    results = [json.loads(line) for line in done.stdout.splitlines()]
+    results = {result.pop("case"): result for result in map(json.loads, done.stdout.splitlines())}
     assert results
-    spills = {r["case"]: r["spills"] for r in results}
-    allowed = {case: count for (where, case), count in ALLOWED.items() if where == capability}
-    assert {case: count for case, count in spills.items() if count > allowed.get(case, 0)} == {}
+    return results
+
+
+@pytest.mark.timeout(900)  # a minute each on an idle core
+@pytest.mark.parametrize(("table", "words", "capability"), RUNS)
+def test_kernels_compile_without_spills(table, words, capability, tmp_path):
+    results = compile_for(capability, table, words, tmp_path)
+    allowed = {
+        name: entry for name, entry in ALLOWED.get((table, capability), {}).items() if words in name
+    }
+    # A constant of the caller's choice would be compiled anew for every value of it.
+    assert {name: result["floats"] for name, result in results.items() if result["floats"]} == {}
+    own = {kernel for kernel in KERNELS if ("attention" in kernel) == (table == "attention")}
+    assert own == {result["kernel"] for result in results.values()}
+    assert complaints({name: result["spills"] for name, result in results.items()}, allowed) == []
+
+
+@pytest.mark.timeout(900)
+def test_the_table_refuses_what_99_kib_of_shared_memory_do_not_hold(tmp_path):
+    limit = dispatch.TABLE["cross_timestep_attention"]["triton"].limit
+    most: dict[tuple[str, str, bool], int] = {}
+    for name, result in compile_for(86, "heads", "", tmp_path).items():
+        dtype, size, kernel = name.split("-")
+        direction = (dtype, size, kernel.startswith("grad"))
+        most[direction] = max(result["shared"], most.get(direction, 0))
+    assert len(most) == 10
+    for (dtype, size, is_backward), shared in most.items():
+        query = torch.empty(1, 1, int(size), dtype=getattr(torch, dtype))
+        args = (query, query, query, 1, 1.0, None)
+        if is_backward:
+            args = (query, *args, query, query, False)
+        fits = shared <= dispatch.block_memory((8, 6))
+        assert (limit(args, (8, 6)) is None) == fits, (dtype, size, is_backward, shared)
