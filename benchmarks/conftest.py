@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from benchmarks.configs import CONFIGS
 from benchmarks.machine import default_device, describe
-from benchmarks.models import CONFIGS
 
 
 def pytest_addoption(parser):
