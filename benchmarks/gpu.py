@@ -34,7 +34,7 @@ ROUNDS = 20
 # not use, the later ones may.
 BUDGETS = {
     "build": 120,
-    "tests": 180,
+    "tests": 210,
     "sanitizer": 60,
     "ceilings": 20,
     "warm-up": 60,

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from benchmarks.problem import LATENT_COEFFICIENT, Draw, Problem, Tensors
 from benchmarks.shapes import (
@@ -27,6 +28,7 @@ from benchmarks.shapes import (
 from tiue_kernels import dispatch, functional
 
 EPS = 1e-5
+MOST_SCORES = 2**27  # of exact attention, at a time: 1 GiB in float64
 
 
 @dataclass(frozen=True)
@@ -217,13 +219,28 @@ def cross_timestep_attention(sizes: Attention, draw: Draw) -> Problem:
         out = F.scaled_dot_product_attention(heads(query), heads(key), heads(value))
         return (out.transpose(1, 2).flatten(2),)
 
+    def attend(query, key, value) -> torch.Tensor:
+        return (query @ key.mT * sizes.head_dim**-0.5).softmax(-1) @ value
+
+    def exact(query, key, value) -> Tensors:
+        if not sizes.own:
+            key, value = draw.repeat(key), draw.repeat(value)
+        query, key, value = (heads(x) for x in (query, key, value))
+        chunk = max(1, MOST_SCORES // (len(query) * sizes.heads * sizes.keys))
+        # What a chunk's backward needs is computed again: 69 GB of scores at 16384 tokens.
+        parts = [
+            checkpoint(attend, part, key, value, use_reentrant=False)
+            for part in query.split(chunk, 2)
+        ]
+        return (torch.cat(parts, 2).transpose(1, 2).flatten(2),)
+
     tensors = {
         "query": draw(draw.rows, sizes.tokens, channels),
         "key": draw(key_rows, sizes.keys, channels),
         "value": draw(key_rows, sizes.keys, channels),
     }
     product = 2 * draw.rows * sizes.tokens * sizes.keys * channels
-    return Problem(tensors, run, eager, flops=2 * product, backward_flops=5 * product)
+    return Problem(tensors, run, eager, flops=2 * product, backward_flops=5 * product, exact=exact)
 
 
 def geglu(sizes: Transformer, draw: Draw) -> Problem:

@@ -86,6 +86,7 @@ class Problem:
         unsaved: Names of arguments that backward does not read.
         joined: `run`, brought into the form of `eager`; by default `run` itself.
         cut: `eager`, brought into the form of `run`; by default `eager` itself.
+        exact: `eager` for float64, where plain `eager` would not fit into memory.
     """
 
     tensors: dict[str, torch.Tensor]
@@ -97,6 +98,7 @@ class Problem:
     unsaved: tuple[str, ...] = ()
     joined: Function | None = None
     cut: Function | None = None
+    exact: Function | None = None
 
     @property
     def comparable(self) -> tuple[Function, Function]:

@@ -191,3 +191,13 @@ def test_every_operator_has_a_benchmark() -> None:
     grouped = gpu.groups(tuple(OPERATORS))
     assert sorted(member for members in grouped.values() for member in members) == sorted(OPERATORS)
     assert all(kernel_backends(name) for name in grouped if name != "compositions")
+
+
+def test_nothing_but_the_one_pass_needs_diffusers() -> None:
+    code = (
+        "import sys\n"
+        "for name in ('diffusers', 'transformers', 'tiue'): sys.modules[name] = None\n"
+        "import benchmarks.gpu, benchmarks.conftest, benchmarks.sanitize\n"
+        "import tests.tiue_kernels.test_kernels_on_gpu\n"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
