@@ -204,9 +204,9 @@ def _judge(race: Race, problem: Problem, form: str, dtype: torch.dtype) -> None:
             with torch.no_grad():
                 grads = tuple(torch.randn_like(output) for output in ours(*tensors))
             results = outputs_and_gradients(ours, tensors, grads)
-        names = [f"output {i}" for i in range(len(grads))]
-        names += [f"gradient of {name}" for name in problem.tensors]
-        check(names, results, plain, tensors, grads, dtype, problem.exact)
+        names = [*(f"output {i}" for i in range(len(grads))), *problem.tensors]
+        magnitudes = problem.magnitudes(grads)
+        check(names, results, plain, tensors, grads, dtype, problem.exact, magnitudes)
     except BackendError as error:
         race.refused[form] = str(error)
     except Exception as error:  # as above: a wrong result, or a kernel that does not compile

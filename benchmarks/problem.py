@@ -116,6 +116,22 @@ class Problem:
             "backward": written + saved + grads,
         }
 
+    def magnitudes(self, grads: Tensors) -> dict[str, float]:
+        """How large the terms are that the gradient of each constant sums up.
+
+        A coefficient's gradient is one dot product over a whole map, and may cancel: its rounding
+        is relative to the norms of the two vectors and not to what is left.
+
+        Args:
+            grads: Of the outputs.
+
+        Returns:
+            Norm by name of the constant.
+        """
+        largest = max(self.tensors.values(), key=torch.Tensor.numel)
+        norm = math.prod(x.double().norm().item() for x in (grads[0], largest))
+        return {name: norm / math.sqrt(self.tensors[name].numel()) for name in self.constants}
+
     def products(self) -> dict[str, int]:
         """FLOPs of each direction."""
         backward = 2 * self.flops if self.backward_flops is None else self.backward_flops

@@ -167,9 +167,9 @@ def check_problem(problem: Problem, backend: str, dtype: torch.dtype) -> None:
     _, plain = problem.comparable
     with poisoned():
         results, grads = run(problem, backend)
-    count = len(grads)
-    names = [f"output {i}" for i in range(count)] + [f"gradient of {n}" for n in problem.tensors]
-    check(names, results, plain, tuple(problem.tensors.values()), grads, dtype, problem.exact)
+    tensors, magnitudes = tuple(problem.tensors.values()), problem.magnitudes(grads)
+    names = [*(f"output {i}" for i in range(len(grads))), *problem.tensors]  # gradients by name
+    check(names, results, plain, tensors, grads, dtype, problem.exact, magnitudes)
 
 
 @needs_gpu
