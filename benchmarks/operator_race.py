@@ -22,6 +22,7 @@ from benchmarks.operators import OPERATORS, kernel_backends
 from benchmarks.problem import Draw, Problem, Tensors
 from benchmarks.shapes import SHAPES, decoder
 from tests.tiue_kernels.cuda.criterion import check, outputs_and_gradients
+from tests.tolerances import PRODUCT_FLOORS, ROUNDING_FLOORS
 from tiue_kernels import BackendError, dispatch, use_backend
 
 OURS = ("tiue", "tiue-cuda", "tiue-triton", "tiue-reference")
@@ -205,8 +206,9 @@ def _judge(race: Race, problem: Problem, form: str, dtype: torch.dtype) -> None:
                 grads = tuple(torch.randn_like(output) for output in ours(*tensors))
             results = outputs_and_gradients(ours, tensors, grads)
         names = [*(f"output {i}" for i in range(len(grads))), *problem.tensors]
-        magnitudes = problem.magnitudes(grads)
-        check(names, results, plain, tensors, grads, dtype, problem.exact, magnitudes)
+        floors = ROUNDING_FLOORS if kernel_backends(race.case.operator) else PRODUCT_FLOORS
+        limits = (problem.magnitudes(grads), floors)
+        check(names, results, plain, tensors, grads, dtype, problem.exact, *limits)
     except BackendError as error:
         race.refused[form] = str(error)
     except Exception as error:  # as above: a wrong result, or a kernel that does not compile

@@ -65,6 +65,7 @@ def check(
     dtype: torch.dtype,
     exact_function: Callable[..., Tensors] | None = None,
     magnitudes: Mapping[str, float] | None = None,
+    floors: Mapping[torch.dtype, float] = ROUNDING_FLOORS,
 ) -> None:
     """error(kernel) <= 2 x error(plain torch in the same dtype) + rounding floor, by name.
 
@@ -79,7 +80,7 @@ def check(
         if not value.numel():
             continue
         magnitude = max(reference.abs().max().item(), (magnitudes or {}).get(name, 0.0))
-        floor = ROUNDING_FLOORS[dtype] * magnitude
+        floor = floors[dtype] * magnitude
         error = (value.double() - reference).abs().max().item()
         allowed = 2 * (naive.double() - reference).abs().max().item() + floor
         assert error <= allowed, f"{name}: {error:.2e}, allowed {allowed:.2e}"
