@@ -30,25 +30,25 @@ class CudaClock:
         device: The GPU.
     """
 
-    LONGEST_LEAD = 0.05  # seconds
+    LEAST_LEAD, LONGEST_LEAD = 0.002, 0.05  # seconds
 
     def __init__(self, device: torch.device) -> None:
         l2_bytes = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 2**26)
         self._buffer = torch.zeros(max(l2_bytes, 2**24), dtype=torch.float32, device=device)
-        self._lead = 1e-3
         cycles = 10_000_000
         torch.cuda._sleep(cycles)
         self._cycles_a_second = cycles / self._elapsed(lambda: torch.cuda._sleep(cycles))[0]
 
     def __call__(self, rival: Rival) -> float:
         """The seconds of one call."""
+        lead = self.LEAST_LEAD
         while True:
             self._buffer.sum()
-            torch.cuda._sleep(int(self._lead * self._cycles_a_second))
+            torch.cuda._sleep(int(lead * self._cycles_a_second))
             seconds, queued = self._elapsed(rival)
-            if queued < self._lead or queued > self.LONGEST_LEAD:
+            if queued < lead or queued > self.LONGEST_LEAD:
                 return seconds
-            self._lead = 2 * queued
+            lead = 2 * queued
 
     @staticmethod
     def _elapsed(rival: Rival) -> tuple[float, float]:

@@ -169,7 +169,7 @@ class FakeGpu:
 
 
 def test_a_call_is_timed_once_it_is_queued_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    gpu, queued = FakeGpu(), [0.01, 0.002]
+    gpu, queued = FakeGpu(), [0.01, 0.003]
     monkeypatch.setattr(torch, "cuda", gpu)
     clock = CudaClock(torch.device("cpu"))
 
@@ -183,6 +183,6 @@ def test_a_call_is_timed_once_it_is_queued_as_a_whole(monkeypatch: pytest.Monkey
     monkeypatch.setattr(interleave, "wall_clock", wall_clock)
     gpu.slept.clear()
     assert clock(rival) == pytest.approx(5e-4)
-    # The first call took 10 ms to queue behind a wait of 1 ms: again, behind 20 ms.
-    assert gpu.slept == pytest.approx([1e-3, 2e-2])
+    # The first call took 10 ms to queue behind a wait of 2 ms: again, behind 20 ms.
+    assert gpu.slept == pytest.approx([2e-3, 2e-2])
     assert queued == []
