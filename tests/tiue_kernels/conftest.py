@@ -1,3 +1,5 @@
+"""Memory that shows what was not written, and what was written beside it."""
+
 from collections.abc import Iterator
 
 import pytest
