@@ -1,4 +1,5 @@
-# The one entry. Needs python3 (>= 3.10) and nothing else; every target makes .venv when it is missing.
+# The one entry. Needs python3 (>= 3.10) and nothing else; every target but `gpu` makes .venv when it
+# is missing.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -7,7 +8,10 @@ SOURCES := tiue tiue_kernels tests benchmarks setup.py
 PROMPTS := "red apple" "rocket" "cat face" "sun" "birthday cake" \
            "evergreen tree" "house" "pizza" "red heart" "octopus"
 
-.PHONY: demo test lint bench clean
+# What a CPU times too; the operators' own benchmarks are part of `gpu`.
+BENCHES := benchmarks/bench_one_pass.py
+
+.PHONY: demo test lint bench gpu clean
 
 demo: $(VENV)/.installed-base
 	$(BIN)/tiue generate $(PROMPTS) --seed 0 --output out
@@ -26,12 +30,17 @@ lint: $(VENV)/.installed-test
 bench: $(VENV)/.installed-test
 	@set -e; mkdir -p out; results=benchmarks/results/$$($(BIN)/python -m benchmarks.machine); \
 	mkdir -p "$$results"; \
-	for file in benchmarks/bench_*.py; do \
+	for file in $(BENCHES); do \
 	    json=$$(basename "$$file" .py).json; \
 	    $(BIN)/python -m pytest "$$file" --timeout=0 --benchmark-json="out/$$json"; \
 	    mv "out/$$json" "$$results/$$json"; \
 	done
 	$(BIN)/python -m benchmarks.report
+
+# Installs nothing and needs no network: .venv where it is, else $(PYTHON) with the torch that it has.
+gpu:
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu \
+	    $(if $(OUTPUT),--output $(OUTPUT))
 
 # The stamp is newer than what it was installed from, so a second run installs nothing.
 $(VENV)/.installed-%: pyproject.toml setup.py constraints.txt

@@ -8,21 +8,57 @@ from collections.abc import Callable
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-Rival = Callable[[], torch.Tensor]
+Rival = Callable[[], object]
 
 
-def seconds_of(rival: Rival, device: torch.device) -> float:
-    """Time one call: CUDA events on a GPU, the wall clock on a CPU."""
-    if device.type == "cuda":
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        rival()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1e3
+def wall_clock(rival: Rival) -> float:
+    """Time one call on a CPU."""
     begin = time.perf_counter()
     rival()
     return time.perf_counter() - begin
+
+
+class CudaClock:
+    """Times calls on a GPU with CUDA events: inputs out of L2, launches hidden.
+
+    Before each call the GPU reads a buffer of four times its L2, which leaves nothing of the call's
+    tensors there and nothing to be written back. Then it waits until the call is queued as a whole:
+    what is timed is the GPU's work and not how fast Python launches it. Calls that take longer to
+    queue than `LONGEST_LEAD` keep the GPU busy by themselves.
+
+    Args:
+        device: The GPU.
+    """
+
+    LEAST_LEAD, LONGEST_LEAD = 0.002, 0.05  # seconds
+
+    def __init__(self, device: torch.device) -> None:
+        l2_bytes = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 2**26)
+        self._buffer = torch.zeros(max(l2_bytes, 2**24), dtype=torch.float32, device=device)
+        cycles = 10_000_000
+        torch.cuda._sleep(cycles)
+        self._cycles_a_second = cycles / self._elapsed(lambda: torch.cuda._sleep(cycles))[0]
+
+    def __call__(self, rival: Rival) -> float:
+        """The seconds of one call."""
+        lead = self.LEAST_LEAD
+        while True:
+            self._buffer.sum()
+            torch.cuda._sleep(int(lead * self._cycles_a_second))
+            seconds, queued = self._elapsed(rival)
+            if queued < lead or queued > self.LONGEST_LEAD:
+                return seconds
+            lead = 2 * queued
+
+    @staticmethod
+    def _elapsed(rival: Rival) -> tuple[float, float]:
+        """Seconds between the events around a call, and seconds that it took to queue."""
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        queued = wall_clock(rival)
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3, queued
 
 
 def interleave(
@@ -38,11 +74,12 @@ def interleave(
     Returns:
         The seconds of every round, by name.
     """
+    clock = CudaClock(device) if device.type == "cuda" else wall_clock
     seconds: dict[str, list[float]] = {name: [] for name in rivals}
     for index in range(rounds):
         # A B, B A, A B, ...: a steady drift of the clock rate cancels out.
         for name in list(rivals)[:: -1 if index % 2 else 1]:
-            seconds[name].append(seconds_of(rivals[name], device))
+            seconds[name].append(clock(rivals[name]))
     return seconds
 
 

@@ -36,7 +36,7 @@ def slug(device: torch.device) -> str:
 def describe(device: torch.device) -> dict[str, Any]:
     """Return what a reader needs to judge or repeat a figure; no host name and no paths."""
     packages = ("torch", "diffusers", "transformers", "triton")
-    installed = {package.metadata["Name"].lower() for package in metadata.distributions()}
+    installed = {str(package.metadata["Name"]).lower() for package in metadata.distributions()}
     description: dict[str, Any] = {
         "device": device_name(device),
         "system": f"{platform.system()} {platform.machine()}",

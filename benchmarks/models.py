@@ -8,39 +8,7 @@ from typing import Any
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 
-CONFIGS: dict[str, dict[str, Any]] = {
-    "sd15": {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8},
-    "sd21-base": {
-        "sample_size": 64,
-        "cross_attention_dim": 1024,
-        "attention_head_dim": (5, 10, 20, 20),
-        "use_linear_projection": True,
-    },
-    "sdxl": {
-        "sample_size": 128,
-        "cross_attention_dim": 2048,
-        "attention_head_dim": (5, 10, 20),
-        "block_out_channels": (320, 640, 1280),
-        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        "transformer_layers_per_block": (1, 2, 10),
-        "use_linear_projection": True,
-        "addition_embed_type": "text_time",
-        "addition_time_embed_dim": 256,
-        "projection_class_embeddings_input_dim": 2816,
-    },
-    # Small enough for a test of the benchmark itself: 1.5 M parameters.
-    "tiny": {
-        "sample_size": 16,
-        "cross_attention_dim": 32,
-        "attention_head_dim": 4,
-        "block_out_channels": (32, 64),
-        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-        "norm_num_groups": 8,
-    },
-}
-NUM_TOKENS = 77  # what CLIP's tokenizer pads every Stable Diffusion prompt to
+from benchmarks.configs import CONFIGS, NUM_TOKENS
 
 
 def random_unet(
@@ -49,7 +17,7 @@ def random_unet(
     """Build a UNet of a published size without computing diffusers' own slow initialisation.
 
     Args:
-        name: A key of `CONFIGS`.
+        name: A key of `benchmarks.configs.CONFIGS`.
         device: Where the weights are drawn.
         dtype: Their type.
         seed: The generator's seed.

@@ -14,7 +14,7 @@ from diffusers import UNet2DConditionModel
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks import published_form
-from benchmarks.models import CONFIGS, NUM_TOKENS
+from benchmarks.configs import CONFIGS, NUM_TOKENS
 from tiue import TiUEUNet
 
 FORMS = ("published", "tiue")

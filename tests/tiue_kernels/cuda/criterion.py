@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -63,16 +63,24 @@ def check(
     tensors: Sequence[torch.Tensor],
     grads: Tensors,
     dtype: torch.dtype,
+    exact_function: Callable[..., Tensors] | None = None,
+    magnitudes: Mapping[str, float] | None = None,
+    floors: Mapping[torch.dtype, float] = ROUNDING_FLOORS,
 ) -> None:
-    """error(kernel) <= 2 x error(plain torch in the same dtype) + rounding floor, by name."""
+    """error(kernel) <= 2 x error(plain torch in the same dtype) + rounding floor, by name.
+
+    `magnitudes` gives, by name, the size of the terms of sums that may cancel.
+    """
     plain = outputs_and_gradients(function, tensors, grads)
-    exact = outputs_and_gradients(function, [tensor.double() for tensor in tensors], grads)
+    doubles = [tensor.double() for tensor in tensors]
+    exact = outputs_and_gradients(exact_function or function, doubles, grads)
     for name, value, naive, reference in zip(names, results, plain, exact, strict=True):
         assert value.shape == reference.shape, name
         assert value.dtype == naive.dtype, name
         if not value.numel():
             continue
-        floor = ROUNDING_FLOORS[dtype] * reference.abs().max().item()
+        magnitude = max(reference.abs().max().item(), (magnitudes or {}).get(name, 0.0))
+        floor = floors[dtype] * magnitude
         error = (value.double() - reference).abs().max().item()
         allowed = 2 * (naive.double() - reference).abs().max().item() + floor
         assert error <= allowed, f"{name}: {error:.2e}, allowed {allowed:.2e}"

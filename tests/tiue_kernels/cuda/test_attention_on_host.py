@@ -102,12 +102,12 @@ def check_case(tensors, heads: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_attention(case: Case, dtype: torch.dtype, poisoned) -> None:
+def test_attention(case: Case, dtype: torch.dtype, fences) -> None:
     check_case(make(case, dtype), case.heads, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-def test_slices(dtype: torch.dtype, poisoned) -> None:
+def test_slices(dtype: torch.dtype, fences) -> None:
     joined = noise(4, 21, 3 * 80, dtype=dtype)
     check_case(tuple(joined.chunk(3, dim=2)), 2, dtype)  # read in place
     odd = noise(4, 21, 3 * 80 + 1, dtype=dtype)[:, :, 1:]  # rows off 16 bytes
@@ -116,7 +116,7 @@ def test_slices(dtype: torch.dtype, poisoned) -> None:
 
 
 @pytest.mark.parametrize("name", ["queries_split", "self_attention_masked"])
-def test_the_gradient_of_a_mask_may_be_left_out(name: str, poisoned) -> None:
+def test_the_gradient_of_a_mask_may_be_left_out(name: str, fences) -> None:
     query, key, value, bias = make(CASES[name], torch.float16)
     out, logsumexp = cross_timestep_attention_fwd(query, key, value, 1, 0.3, bias)
     grad = noise(*out.shape, dtype=out.dtype, seed=4)
@@ -128,7 +128,7 @@ def test_the_gradient_of_a_mask_may_be_left_out(name: str, poisoned) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-def test_one_key(dtype: torch.dtype, poisoned) -> None:
+def test_one_key(dtype: torch.dtype, fences) -> None:
     """Its probability is 1: the output is the value, and no gradient reaches the scores."""
     query, key, value, bias = make(Case(2, 1, 3, 1, bias=True), dtype)
     bias[:] = 2.0
@@ -154,7 +154,7 @@ def test_logsumexp() -> None:
 
 
 @pytest.mark.parametrize("name", ["self_attention_masked", "queries_split", "head_of_160"])
-def test_same_bits_in_any_order_of_warps(name: str, poisoned, monkeypatch) -> None:
+def test_same_bits_in_any_order_of_warps(name: str, fences, monkeypatch) -> None:
     """What a missing barrier leaves to chance would differ."""
     tensors = make(CASES[name], torch.float16)
     first, _ = run_kernels(tensors, CASES[name].heads)

@@ -93,7 +93,7 @@ def check_case(tensors, groups: int, dtype: torch.dtype) -> tuple[torch.Tensor, 
 @pytest.mark.parametrize("memory_format", FORMATS.values(), ids=FORMATS)
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_norm(case, dtype, memory_format, shared_bytes, poisoned, monkeypatch) -> None:
+def test_norm(case, dtype, memory_format, shared_bytes, fences, monkeypatch) -> None:
     if shared_bytes is not None:  # nothing fits: statistics first, then a second read
         monkeypatch.setenv("TIUE_HOST_SHARED_BYTES", shared_bytes)
     results = check_case(make(case, dtype, memory_format), case.groups, dtype)
@@ -102,21 +102,21 @@ def test_norm(case, dtype, memory_format, shared_bytes, poisoned, monkeypatch) -
 
 
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_weights_of_another_dtype(weight_dtype: torch.dtype, poisoned) -> None:
+def test_weights_of_another_dtype(weight_dtype: torch.dtype, fences) -> None:
     hidden, skip, weight, bias = make(CASES["2x3"], torch.bfloat16, torch.channels_last)
     tensors = (hidden, skip, weight.to(weight_dtype), bias.to(weight_dtype))
     check_case(tensors, 4, torch.bfloat16)
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-def test_slices_and_mixed_formats(dtype: torch.dtype, poisoned) -> None:
+def test_slices_and_mixed_formats(dtype: torch.dtype, fences) -> None:
     hidden, skip, weight, bias = make(Case(2, 2, 24, 12, 4, 5, 8), dtype, torch.channels_last)
     check_case((hidden[:, 3:23], skip.contiguous(), weight[2:34], bias[1:33]), 4, dtype)
     wide = noise(2 * 2 * 20 * 16 + 1, dtype=dtype)[1:].view(4, 20, 4, 4)  # off 16 bytes
     check_case((wide, skip[..., :4, :4], weight[:32], bias[:32]), 4, dtype)
 
 
-def test_a_group_too_wide_for_channels_last(poisoned) -> None:
+def test_a_group_too_wide_for_channels_last(fences) -> None:
     tensors = make(Case(1, 1, 514, 513, 1, 1, 2), torch.float32, torch.channels_last)
     results = check_case(tensors, 1, torch.float32)
     assert results[0].is_contiguous(memory_format=torch.channels_last)
@@ -124,7 +124,7 @@ def test_a_group_too_wide_for_channels_last(poisoned) -> None:
 
 @pytest.mark.parametrize("shared_bytes", [None, "0"], ids=["resident", "two_pass"])
 @pytest.mark.parametrize("memory_format", FORMATS.values(), ids=FORMATS)
-def test_same_bits_in_any_order_of_warps(memory_format, shared_bytes, poisoned, monkeypatch):
+def test_same_bits_in_any_order_of_warps(memory_format, shared_bytes, fences, monkeypatch):
     """What a missing barrier leaves to chance would differ."""
     if shared_bytes is not None:
         monkeypatch.setenv("TIUE_HOST_SHARED_BYTES", shared_bytes)

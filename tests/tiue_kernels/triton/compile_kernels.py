@@ -106,8 +106,9 @@ def main(capability: int, table: str, *words: str) -> None:
     for name, case in module.compilations().items():
         if all(word in name for word in words):
             kernel = f"{case.kernel.__module__.rpartition('.')[2]}.{case.kernel.__name__}"
-            result = {"case": name, "kernel": kernel, **compiled(case, capability)}
-            print(json.dumps(result), flush=True)
+            floats = [key for key, value in case.constants.items() if isinstance(value, float)]
+            figures = compiled(case, capability)
+            print(json.dumps({"case": name, "kernel": kernel, "floats": floats, **figures}))
 
 
 if __name__ == "__main__":
