@@ -45,6 +45,14 @@ def sources(target: str) -> list[Path]:
     return [*sorted(folder.glob("*/*.cu")), folder / "bindings.cpp"]
 
 
+def fingerprint(target: str) -> str:
+    """What a target is compiled from, as one word: of the files in csrc, headers included."""
+    digest = hashlib.sha256(target.encode())
+    for path in sorted(source_folder().rglob("*.*")):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
 def find_nvcc() -> str:
     for home in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")):
         if home and (Path(home) / "bin" / "nvcc").exists():
@@ -168,6 +176,7 @@ def build(target: str, output: Path, objects: Path | None = None) -> Path:
     )
     if done.returncode:
         raise BuildError(f"csrc does not compile:\n{done.stdout[-8000:]}{done.stderr[-2000:]}")
+    library.with_suffix(".sources").write_text(fingerprint(target))
     return library
 
 

@@ -41,7 +41,7 @@ def conv2d(
     rows, channels, height, width = x.shape
     whole = start == 0 and weight.shape[1] == channels
     part = weight if whole else weight[:, start : start + channels]
-    if x.device.type != "cpu" or torch.compiler.is_compiling():
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or not _have_data(x, weight):
         return F.conv2d(x, part, bias, padding=padding)
     if 0 < rows * height * width <= MOST_PIXELS and _is_matrix(x, weight):
         return _as_matrix_product(x, part, bias, padding)
@@ -110,6 +110,11 @@ def output_like(x: torch.Tensor, weight: torch.Tensor, rows: int, *size: int) ->
         device=x.device,
         memory_format=output_format(x, weight),
     )
+
+
+def _have_data(*tensors: torch.Tensor) -> bool:
+    """Whether tensors are plain ones: a fake one must reach no buffer and no compiled library."""
+    return all(type(tensor) in (torch.Tensor, torch.nn.Parameter) for tensor in tensors)
 
 
 def _is_matrix(x: torch.Tensor, weight: torch.Tensor) -> bool:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.tolerances import EXACT_RELATIVE, relative_error
 from tiue_kernels import functional
@@ -353,3 +354,26 @@ def test_low_precision_accumulates_in_float32(dtype: torch.dtype) -> None:
 def test_shapes_that_do_not_fit_are_refused(call: Callable[[], object]) -> None:
     with pytest.raises(ValueError, match=r"must|need|no multiple|do not|weight takes|halves"):
         call()
+
+
+def test_a_strided_scale_and_shift() -> None:
+    weight, bias = noise(32)[::2], noise(32, seed=1)[::2]
+    x = noise(2, 16, 4, 4)
+    out = functional.broadcast_add_group_norm_silu(None, x, torch.zeros(2, 16), 4, weight, bias)
+    expected = F.silu(F.group_norm(x, 4, weight.contiguous(), bias.contiguous()))
+    assert relative_error(out, expected) <= EXACT_RELATIVE
+
+
+def test_tensors_without_data() -> None:
+    with torch.no_grad():
+        for device in ("meta", "fake"):
+            mode = FakeTensorMode() if device == "fake" else torch.device("meta")
+            with mode:
+                x, weight = torch.empty(4, 64, 32, 32), torch.empty(64, 80, 3, 3)
+                assert functional.split_conv2d(x, x[:1, :16], weight)[0].shape == (4, 64, 30, 30)
+                assert functional.geglu(x).shape == (4, 64, 32, 16)
+        # Nothing of it is left behind in a buffer.
+        real = functional.split_conv2d(
+            noise(4, 64, 32, 32), noise(1, 16, 32, 32), noise(64, 80, 3, 3)
+        )
+    assert type(real[0]) is torch.Tensor

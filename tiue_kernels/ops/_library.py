@@ -39,7 +39,7 @@ _ANY = "CompositeExplicitAutograd"
 def _outside_of_autocast(run: Callable[..., Any], *args: Any) -> Any:
     """Runs a launcher with autocast off: the functional layer has settled every dtype."""
     device = next(arg for arg in _flat(args) if isinstance(arg, torch.Tensor)).device.type
-    if not torch.is_autocast_enabled(device):
+    if device == "meta" or not torch.is_autocast_enabled(device):  # meta has no autocast
         return run(*args)
     with torch.autocast(device, enabled=False):
         return run(*args)
