@@ -138,7 +138,7 @@ def conv2d(
     Returns:
         [rows, C_out, H, W].
     """
-    if torch.is_grad_enabled() or not cpu.loaded() or not _is_served(x, weight, bias, padding):
+    if not serves(x, weight, bias, padding):
         return None
     rows, channels, height, width = x.shape
     tiles = -(-height // 4) * -(-width // 4)
@@ -160,15 +160,19 @@ def _rows(x: torch.Tensor, transformed: torch.Tensor, bias: torch.Tensor | None)
     return torch.ops.tiue_cpu.winograd_output(products, bias, x.shape[0], *x.shape[2:])
 
 
-def _is_served(
+def serves(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     padding: int | tuple[int, ...],
 ) -> bool:
+    """Whether a convolution of stride 1 is of the kind, whatever its size."""
     tensors = [x, weight] if bias is None else [x, weight, bias]
     return (
-        weight.shape[2:] == (3, 3)
+        x.is_cpu
+        and cpu.loaded()
+        and not torch.is_grad_enabled()
+        and weight.shape[2:] == (3, 3)
         and padding in (1, (1, 1), [1, 1])
         and all(t.dtype is torch.float32 and t.is_contiguous() for t in tensors)
         and min(weight.shape[0], x.shape[1]) >= LEAST_CHANNELS
