@@ -1,5 +1,8 @@
-"""Compiled libraries that are missing or broken."""
+"""Compiled libraries: what they need of torch, and those that are missing, broken or stale."""
 
+import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -33,3 +36,18 @@ def test_a_library_of_other_sources_is_not_loaded(tmp_path: Path) -> None:
 def test_a_missing_library_is_said_when_asked(tmp_path: Path, recwarn) -> None:
     assert "not built" in libraries.load(tmp_path / "libtiue_cuda.so", "CUDA", CURE)
     assert not recwarn.list
+
+
+@pytest.mark.timeout(1500)
+@pytest.mark.parametrize("name", ["cuda_library", "cpu_library"])
+def test_stable_abi_only(name: str, request: pytest.FixtureRequest) -> None:
+    library = request.getfixturevalue(name)
+    for tool in ("nm", "readelf"):
+        if shutil.which(tool) is None:
+            pytest.skip(f"no {tool}: binutils are not installed")
+    symbols = subprocess.check_output(["nm", "-DC", str(library)], text=True)
+    assert not re.findall(r"^.*\b(?:at|c10)::.*$", symbols, re.MULTILINE)
+    assert "aoti_torch_get_current_cuda_stream" not in symbols
+    assert "aoti_torch_library_init_impl" in symbols
+    needed = subprocess.check_output(["readelf", "-d", str(library)], text=True)
+    assert not re.findall(r"NEEDED.*(?:cudart|cuda|python|c10|gomp)", needed)
