@@ -76,7 +76,7 @@ def exact_products() -> Iterator[None]:
     torch.backends.cudnn.allow_tf32 = before
 
 
-DEVICES = ("cpu", pytest.param("cuda", marks=pytest.mark.cuda))
+DEVICES = ("cpu", pytest.param("cuda", marks=pytest.mark.gpu))
 
 
 @pytest.mark.timeout(900)  # the first test of a session that needs csrc compiles it
