@@ -14,8 +14,10 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from diffusers.utils.peft_utils import apply_lora_scale
 from torch import nn
 
+from tiue.blocks import SharedContext
 from tiue.checkpoints import check_unet_config, check_unet_folder
-from tiue.decoder import SharedContext, decode_up_block
+from tiue.decoder import decode_up_block
+from tiue.encoder import encode_down_block, encode_mid_block
 from tiue.errors import ArchitectureError, CheckpointError, InputError
 from tiue.schedule import OnePassSchedule
 from tiue_kernels import functional
@@ -344,23 +346,21 @@ class TiUEUNet(UNet2DConditionModel):
         added_embedding = self.get_aug_embed(embedding, prompt_embeds, added_cond_kwargs)
         embedding = self._condition(embedding, class_embedding, added_embedding)
         text = self.process_encoder_hidden_states(prompt_embeds, added_cond_kwargs)
-        attention: dict[str, Any] = {
-            "encoder_hidden_states": text,
-            "attention_mask": attention_mask,
-            "cross_attention_kwargs": cross_attention_kwargs,
-            "encoder_attention_mask": encoder_attention_mask,
-        }
+        context = SharedContext(
+            timesteps=1,
+            encoder_hidden_states=text,
+            attention_mask=attention_mask,
+            encoder_attention_mask=encoder_attention_mask,
+            cross_attention_kwargs=cross_attention_kwargs,
+            recompute_feed_forward=self.recompute_feed_forward,
+        )
 
         hidden = self.conv_in(sample)
         skips: tuple[torch.Tensor, ...] = (hidden,)
         for block in self.down_blocks:
-            arguments = {}
             crosses = getattr(block, "has_cross_attention", False)
-            if crosses:
-                arguments = dict(attention)
-                if adapter:
-                    arguments["additional_residuals"] = adapter.pop(0)
-            hidden, outputs = block(hidden_states=hidden, temb=embedding, **arguments)
+            residual = adapter.pop(0) if adapter and crosses else None
+            hidden, outputs = encode_down_block(block, hidden, embedding, context, residual)
             if adapter and not crosses:
                 # diffusers adds in place, so the block's last skip carries the residual too.
                 hidden = hidden + adapter.pop(0)
@@ -368,8 +368,7 @@ class TiUEUNet(UNet2DConditionModel):
             skips += outputs
 
         if self.mid_block is not None:
-            crosses = getattr(self.mid_block, "has_cross_attention", False)
-            hidden = self.mid_block(hidden, embedding, **(attention if crosses else {}))
+            hidden = encode_mid_block(self.mid_block, hidden, embedding, context)
             if adapter and adapter[0].shape == hidden.shape:
                 hidden = hidden + adapter.pop(0)
         if controlnet is not None:

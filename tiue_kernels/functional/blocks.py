@@ -242,7 +242,7 @@ def _cross_attention(
 ) -> torch.Tensor:
     """[K*B, N, C] -> [K*B, N, C]; the projections are called as modules, adapters and all."""
     plain = _is_plain_attention(attention)
-    if not plain:
+    if not plain and timesteps > 1:
         tell_once(attention)
     if kwargs or not plain or not isinstance(text, torch.Tensor):
         return attention(

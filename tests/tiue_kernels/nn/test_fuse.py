@@ -110,7 +110,8 @@ def test_the_student_takes_fused_blocks_apart_too(name: str, monkeypatch) -> Non
     fuse(unet)
     told: list[str] = []
     monkeypatch.setattr(layers, "tell_once", lambda module: told.append(type(module).__name__))
-    monkeypatch.setattr("tiue.decoder.tell_once", layers.tell_once)
+    for module in ("tiue.decoder", "tiue.blocks", "tiue_kernels.functional.blocks"):
+        monkeypatch.setattr(f"{module}.tell_once", layers.tell_once)
     results = unet.predict_noise(*call, **make_conditioning(name))
     assert relative_error(results, expected) <= EXACT_RELATIVE
     assert told == []
