@@ -119,7 +119,7 @@ class Run:
         library.unlink(missing_ok=True)  # of another card or commit; what fails leaves none
         archs = architecture(*torch.cuda.get_device_capability(self.device))
         built = self.python(
-            "build", "-m", "tiue_kernels.build", "cuda", environment={"TIUE_CUDA_ARCHS": archs}
+            "build", "-m", "tiue_kernels.compile", "cuda", environment={"TIUE_CUDA_ARCHS": archs}
         )
         if not built.ok:
             library.unlink(missing_ok=True)

@@ -1,10 +1,9 @@
 """Compiles csrc: the kernels for GPUs, the same for the host, and the CPU path's own.
 
-`python -m tiue_kernels.build cuda|host|cpu [--output FOLDER]` prints the path of the library.
-Imports neither torch nor the package, so that setup.py can load this file by its path.
+`python -m tiue_kernels.compile` is the command. Imports neither torch nor the package, so that
+setup.py can load this file by its path.
 """
 
-import argparse
 import hashlib
 import importlib.util
 import os
@@ -123,7 +122,7 @@ def _rules(target: str) -> dict[str, str]:
     compiler = os.environ.get("CXX", "g++")
     link = f"{compiler} -shared $in -o $out {libraries}"
     if target == "cpu":
-        flags = f"{common} {hidden} -O3 -Wall -MMD -MF $out.d"
+        flags = f"{common} {hidden} -O3 -ffp-contract=fast -Wall -MMD -MF $out.d"
         return {"cpp": f"{compiler} {flags} -c $in -o $out", "link": link}
     if target == "host":
         # setjmp and longjmp switch stacks, which fortified builds take for an error.
@@ -185,21 +184,3 @@ def cache_folder() -> Path:
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     name = hashlib.sha256(str(source_folder()).encode()).hexdigest()[:12]
     return Path(base) / "tiue_kernels" / name
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("target", choices=LIBRARIES, help="what to compile for")
-    parser.add_argument("--output", type=Path, help="folder of the library")
-    arguments = parser.parse_args()
-    target = arguments.target
-    # Beside its loader, where it is found; the host library is for tests.
-    folder = cache_folder() if target == "host" else Path(__file__).parent / target
-    try:
-        print(build(target, arguments.output or folder))
-    except BuildError as error:
-        sys.exit(f"error: {error}")
-
-
-if __name__ == "__main__":
-    main()

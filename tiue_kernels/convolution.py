@@ -43,11 +43,11 @@ def conv2d(
     part = weight if whole else weight[:, start : start + channels]
     if x.device.type != "cpu" or torch.compiler.is_compiling() or not _have_data(x, weight):
         return F.conv2d(x, part, bias, padding=padding)
-    if 0 < rows * height * width <= MOST_PIXELS and _is_matrix(x, weight):
-        return _as_matrix_product(x, part, bias, padding)
     out = winograd.conv2d(x, weight, bias, padding, start)
     if out is not None:
         return out
+    if 0 < rows * height * width <= MOST_PIXELS and _is_matrix(x, weight):
+        return _as_matrix_product(x, part, bias, padding)
     if not whole and not torch.is_grad_enabled():
         part = _in_reused_memory(part, weight.is_contiguous())
     return F.conv2d(x, part, bias, padding=padding)

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import torch
 
+from tiue_kernels import build
+
 
 def load(path: Path, name: str, cure: str) -> str | None:
     """Load a library beside the torch that is here.
@@ -42,8 +44,6 @@ def load(path: Path, name: str, cure: str) -> str | None:
 
 def _why_stale(path: Path, target: str) -> str | None:
     """A library of other sources than those beside it takes other arguments; wheels have none."""
-    from tiue_kernels import build  # here, so that `python -m tiue_kernels.build` runs it once
-
     try:
         expected = build.fingerprint(target)
     except build.BuildError:

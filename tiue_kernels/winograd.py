@@ -21,10 +21,11 @@ from tiue_kernels import cpu
 
 POINTS = 36
 # Tiles from which a convolution gains though its weight is transformed anew, and with it kept.
-LEAST_TILES = 64
+LEAST_TILES = 16
 LEAST_TILES_KEPT = 8
-# Tiles transformed together: their 36 products a channel stay in the cache.
-MOST_TILES = 512
+# Of transformed inputs, or weights, at a time. Above 32 MiB malloc hands out fresh pages at every
+# call: 640 channels of 2 rows of 64 x 64 took 42 ms in one piece of 47 MB.
+MOST_BYTES = 24 << 20
 # The transforms cost as much as they save under these.
 LEAST_CHANNELS = 64
 VARIABLE = "TIUE_WINOGRAD_MIB"
@@ -113,10 +114,15 @@ def _default_limit() -> int:
 cache = WeightCache(_default_limit())
 
 
-def transform(weight: torch.Tensor, start: int, channels: int) -> torch.Tensor:
-    """[C_out, C_in, 3, 3] -> [36, C_out, channels], of the channels from start on."""
+def transform(
+    weight: torch.Tensor, start: int, channels: int, first_output: int = 0, outputs: int = -1
+) -> torch.Tensor:
+    """[C_out, C_in, 3, 3] -> [36, outputs, channels], of the channels from start on."""
+    outputs = weight.shape[0] if outputs < 0 else min(outputs, weight.shape[0] - first_output)
     with torch.inference_mode(False):
-        return torch.ops.tiue_cpu.winograd_weight(weight.detach(), start, channels)
+        return torch.ops.tiue_cpu.winograd_weight(
+            weight.detach(), start, channels, first_output, outputs
+        )
 
 
 def conv2d(
@@ -145,19 +151,27 @@ def conv2d(
     if rows * tiles < LEAST_TILES_KEPT:
         return None
     transformed = cache.get(weight, start, channels)
-    if transformed is None:
-        if rows * tiles < LEAST_TILES:
-            return None
-        transformed = transform(weight, start, channels)
-    step = max(1, MOST_TILES // tiles)
-    out = [_rows(part, transformed, bias) for part in x.split(step)]
-    return out[0] if len(out) == 1 else torch.cat(out)
-
-
-def _rows(x: torch.Tensor, transformed: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """[rows, C, H, W] -> [rows, C_out, H, W]."""
-    products = torch.bmm(transformed, torch.ops.tiue_cpu.winograd_input(x))
-    return torch.ops.tiue_cpu.winograd_output(products, bias, x.shape[0], *x.shape[2:])
+    if transformed is None and rows * tiles < LEAST_TILES:
+        return None
+    out = x.new_empty(rows, weight.shape[0], height, width)
+    step = max(1, MOST_BYTES // (POINTS * channels * tiles * x.element_size()))
+    inputs = (
+        (row, torch.ops.tiue_cpu.winograd_input(x[row : row + step]))
+        for row in range(0, rows, step)
+    )
+    if transformed is not None:
+        for row, tile in inputs:
+            products = torch.bmm(transformed, tile)
+            torch.ops.tiue_cpu.winograd_output(products, bias, out, row, 0)
+        return out
+    # Some output channels at a time: what is made of their weight stays in the cache.
+    kept = list(inputs)
+    outputs = max(32, MOST_BYTES // (POINTS * channels * x.element_size()))
+    for first in range(0, weight.shape[0], outputs):
+        part = transform(weight, start, channels, first, outputs)
+        for row, tile in kept:
+            torch.ops.tiue_cpu.winograd_output(torch.bmm(part, tile), bias, out, row, first)
+    return out
 
 
 def serves(

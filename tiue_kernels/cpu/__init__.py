@@ -12,8 +12,10 @@ from tiue_kernels import libraries
 
 SCHEMAS = (
     "winograd_input(Tensor x) -> Tensor",
-    "winograd_output(Tensor products, Tensor? bias, int rows, int height, int width) -> Tensor",
-    "winograd_weight(Tensor weight, int start, int channels) -> Tensor",
+    "winograd_output(Tensor products, Tensor? bias, Tensor(a!) out, int first_row,"
+    " int first_channel) -> ()",
+    "winograd_weight(Tensor weight, int start, int channels, int first_output, int outputs)"
+    " -> Tensor",
     "winograd_fingerprint(Tensor weight, int start, int channels) -> int",
 )
 CURE = "TIUE_CPU=1 pip install --no-build-isolation . (needs g++)"
@@ -34,11 +36,3 @@ def loaded() -> bool:
 def why_not() -> str | None:
     """Why the library is not loaded, with the cure; None when it is."""
     return _why_not
-
-
-def load_library(path: Path) -> None:
-    """Load a library that was built elsewhere (`python -m tiue_kernels.build cpu`), for tests."""
-    global _why_not
-    if not loaded():
-        torch.ops.load_library(path)
-        _why_not = None

@@ -30,7 +30,7 @@ SCHEMAS = {
 }
 
 _NO_HOST_LIBRARY = (
-    "on a CPU it needs the host-executed library: python -m tiue_kernels.build host prints "
+    "on a CPU it needs the host-executed library: python -m tiue_kernels.compile host prints "
     "its path, for TIUE_HOST_LIBRARY"
 )
 
@@ -71,7 +71,7 @@ def why_not(operator: str | None = None, device_type: str = "cuda") -> str | Non
 
 
 def load_host_library(path: str | os.PathLike[str]) -> None:
-    """Register the kernels of a host build (`python -m tiue_kernels.build host`) for CPU."""
+    """Register the kernels of a host build (`python -m tiue_kernels.compile host`) for CPU."""
     resolved = Path(path).resolve()
     if resolved not in _host_libraries:
         torch.ops.load_library(resolved)
