@@ -26,10 +26,10 @@ namespace {
 
 using torch::stable::Tensor;
 
-constexpr int kTile = 4;                    // outputs of a tile along one axis
-constexpr int kInput = kTile + 2;           // inputs that they need
-constexpr int kPoints = kInput * kInput;    // products of a tile
-constexpr int64_t kChannels = 32;           // channels of a weight transformed together
+constexpr int kTile = 4;                  // outputs of a tile along one axis
+constexpr int kInput = kTile + 2;         // inputs that they need
+constexpr int kPoints = kInput * kInput;  // products of a tile
+constexpr int64_t kChannels = 32;         // channels of a weight transformed together
 
 int64_t tiles_along(int64_t size) { return (size + kTile - 1) / kTile; }
 
@@ -133,7 +133,7 @@ TIUE_CLONES void output_channel(const float* in, int64_t plane, const Map& map, 
                                 float* out, std::vector<float>& memory) {
   const int64_t columns = map.tiles_x();
   memory.resize(static_cast<size_t>((kInput * kTile + kTile * kTile) * columns + kTile * columns));
-  float* horizontal = memory.data();                       // [6][4][columns]
+  float* horizontal = memory.data();                        // [6][4][columns]
   float* vertical = horizontal + kInput * kTile * columns;  // [4][4][columns]
   float* line = vertical + kTile * kTile * columns;
   for (int64_t ty = 0; ty < map.tiles_y(); ++ty) {
@@ -227,15 +227,15 @@ Tensor winograd_input(Tensor x) {
     std::vector<float> memory;
     for (int64_t index = begin; index < end; ++index) {
       const int64_t row = index / map.channels, channel = index % map.channels;
-      input_channel(data + index * map.height * map.width, map,
-                    to + channel * tiles + row * of_row, map.channels * tiles, memory);
+      input_channel(data + index * map.height * map.width, map, to + channel * tiles + row * of_row,
+                    map.channels * tiles, memory);
     }
   });
   return out;
 }
 
-// products [36, n, tiles of r rows] -> rows first_row to first_row + r and channels first_channel to
-// first_channel + n of out [R, C, height, width], plus the bias [C].
+// products [36, n, tiles of r rows] -> rows first_row to first_row + r and channels first_channel
+// to first_channel + n of out [R, C, height, width], plus the bias [C].
 void winograd_output(Tensor products, std::optional<Tensor> bias, Tensor out, int64_t first_row,
                      int64_t first_channel) {
   const int64_t height = out.size(2), width = out.size(3), channels = out.size(1);
@@ -277,8 +277,8 @@ Tensor winograd_weight(Tensor weight, int64_t start, int64_t channels, int64_t f
 }
 
 // 64 bits of the contents of weight[:, start : start + channels], for a cache that cannot be stale.
-// Every step is a bijection of its chain of 32 bits and of its element, so one changed element always
-// changes the result.
+// Every step is a bijection of its chain of 32 bits and of its element, so one changed element
+// always changes the result.
 int64_t winograd_fingerprint(Tensor weight, int64_t start, int64_t channels) {
   const int64_t outputs = weight.size(0), stride = weight.size(1) * 9;
   const float* data = static_cast<const float*>(weight.data_ptr());
