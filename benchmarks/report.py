@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from benchmarks.markdown import seconds, table
+
 ROOT = Path(__file__).resolve().parents[1]
 START, END = "<!-- performance: python -m benchmarks.report -->", "<!-- /performance -->"
 NOTHING = "No results are committed yet: `make bench` makes them."
@@ -36,15 +38,6 @@ def cases(result: dict[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
         info = row["extra_info"]
         sorted_cases.setdefault(info["case"], {})[info["form"]] = row
     return sorted_cases
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def seconds(value: float) -> str:
-    return f"{value:.2f} s" if value >= 1 else f"{value * 1e3:.2f} ms"
 
 
 def full_rows(result: dict[str, Any]) -> list[list[str]]:
