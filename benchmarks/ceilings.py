@@ -38,12 +38,24 @@ def measure(device: torch.device) -> dict[str, Any]:
     seconds = _median(partial(target.copy_, source), device)
     copied = 2 * source.numel() * source.element_size()
     width = 8192 if on_gpu else 128
-    products = {}
-    for name in DTYPES:
-        a, b = (torch.randn(width, width, device=device).to(getattr(torch, name)) for _ in "ab")
-        flops = 2 * width**3
-        products[name] = flops / _median(partial(torch.mm, a, b), device) / 1e12
+    products = {name: matmul_tflop_s(device, getattr(torch, name), width) for name in DTYPES}
     return {"copy_gb_s": copied / seconds / 1e9, "matmul_tflop_s": products}
+
+
+def matmul_tflop_s(device: torch.device, dtype: torch.dtype, width: int | None = None) -> float:
+    """Measure a square product of random numbers.
+
+    Args:
+        device: Where it runs.
+        dtype: Of its numbers.
+        width: Of the matrices; by default one that is large for the device.
+
+    Returns:
+        Median, in TFLOP/s.
+    """
+    width = width or (8192 if device.type == "cuda" else 2048)
+    a, b = (torch.randn(width, width, device=device).to(dtype) for _ in "ab")
+    return 2 * width**3 / _median(partial(torch.mm, a, b), device) / 1e12
 
 
 def _median(rival: Any, device: torch.device) -> float:
