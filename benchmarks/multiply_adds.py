@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -173,6 +174,12 @@ class Counter(TorchDispatchMode):
         return out
 
 
+@cache
+def _unet(model: str) -> UNet2DConditionModel:
+    with torch.device("meta"):
+        return UNet2DConditionModel(**CONFIGS[model]).eval()
+
+
 @torch.no_grad()
 def count(
     form: str,
@@ -194,8 +201,7 @@ def count(
     Returns:
         Multiply-adds of each of `PARTS`.
     """
-    with torch.device("meta"):
-        unet = UNet2DConditionModel(**CONFIGS[model]).eval()
+    unet = _unet(model)
     inputs = random_inputs(unet, batch, latent_size)
     schedule = OnePassSchedule.from_scheduler(stable_diffusion_scheduler(), num_decoder_steps)
     latents, text = inputs.pop("latents"), inputs.pop("prompt_embeds")
