@@ -17,6 +17,7 @@ from benchmarks.interleave import Rival, peak_bytes
 from benchmarks.models import random_unet
 from benchmarks.race import Case, Race, relative_difference, short
 from benchmarks.rivals import FORMS, NotRunError, Setting
+from benchmarks.shares import time_shares
 from tiue_kernels import cpu
 
 __all__ = ["FORMS", "LATENTS", "default_forms"]
@@ -89,6 +90,8 @@ def run_race(
         )
         race.of_form[name]["multiply_adds"] = sum(part.total for part in parts.values())
     if device.type == "cpu":
+        if "tiue" in rivals:
+            race.of_form["tiue"]["time_shares"] = time_shares(rivals["tiue"])
         peaks = {form: peak_memory.in_a_process(form, case, unet.dtype) for form in memory}
     else:
         peaks = {name: peak_bytes(rival, device) for name, rival in rivals.items()}

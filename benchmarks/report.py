@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +129,7 @@ def race_section(results: list[Result], stem: str) -> Iterator[str]:
         rows = race_rows(result)
         used = [i for i in range(len(RACE_HEADER)) if any(row[i] for row in rows)]
         yield table([RACE_HEADER[i] for i in used], [[row[i] for i in used] for row in rows])
-        notes = (convolution_lines, memory_lines, saved_lines, not_run_lines)
+        notes = (convolution_lines, share_lines, memory_lines, saved_lines, not_run_lines)
         if lines := [line for note in notes for line in note(result)]:
             yield "\n".join(lines)
 
@@ -148,6 +149,15 @@ def convolution_lines(result: Result) -> Iterator[str]:
         yield "- `tiue` runs 3 x 3 convolutions as Winograd's where that is faster."
     elif False in found:
         yield "- `tiue` runs direct convolutions: Winograd's library is not built here."
+
+
+def share_lines(result: Result) -> Iterator[str]:
+    """What our form spends its time on."""
+    for row in result["benchmarks"]:
+        info = row["extra_info"]
+        if shares := info.get("time_shares"):
+            parts = ", ".join(f"{kind} {share:.0%}" for kind, share in shares.items())
+            yield f"- Time of {info['form']}, {info['case']} (one call, profiled): {parts}."
 
 
 def memory_lines(result: Result) -> Iterator[str]:
@@ -305,7 +315,7 @@ def readme_block(results: list[Result]) -> str:
         results: What `load` yields.
 
     Returns:
-        Markdown, or a sentence that says that there are no results.
+        Markdown: a table, or a sentence that says that there are no results; and multiply-adds.
     """
     rows = []
     for result in results:
@@ -326,7 +336,23 @@ def readme_block(results: list[Result]) -> str:
                 ]
             )
     header = ["one pass", "device", "published form", "the same in OpenVINO", "TiUE", "speedup"]
-    return table(header, rows) if rows else NOTHING
+    return "\n\n".join([table(header, rows) if rows else NOTHING, counted()])
+
+
+@cache
+def counted() -> str:
+    """One sentence on multiply-adds."""
+    totals = {
+        form: sum(part.total for part in multiply_adds.count(form, "sd21").values())
+        for form in multiply_adds.FORMS
+    }
+    figures = {form: f"{total / 1e9:,.0f} G" for form, total in totals.items()}
+    return (
+        f"Without a clock, SD 2.1-base at 512 x 512: {figures['tiue']} multiply-adds for one pass "
+        f"at K = 4, the published form {figures['published']}, plain sampling "
+        f"{figures['full-steps']}, a one-step UNet {figures['one-step']} "
+        "(`python -m benchmarks.multiply_adds --model sd21`)."
+    )
 
 
 def replace_block(text: str, block: str) -> str:
