@@ -89,7 +89,7 @@ def test_memory_grows_by_what_a_pass_allocates(rows, monkeypatch):
 
     monkeypatch.setitem(rivals.FORMS, "published", rivals.Form(build, "a large temporary"))
     peak = peak_memory.measure("published", Case("tiny", 8), torch.float32)
-    assert 256 <= peak / 2**20 < 320
+    assert 256 <= peak / 2**20 < 512
 
 
 def test_a_form_that_is_wrong_is_not_timed(monkeypatch):
