@@ -9,9 +9,9 @@ PROMPTS := "red apple" "rocket" "cat face" "sun" "birthday cake" \
            "evergreen tree" "house" "pizza" "red heart" "octopus"
 
 # What a CPU times too; the operators' own benchmarks are part of `gpu`.
-BENCHES := benchmarks/bench_one_pass.py
+BENCHES := one_pass block train_step pipeline
 
-.PHONY: demo test lint bench gpu clean
+.PHONY: demo test lint bench sweep gpu clean
 
 demo: $(VENV)/.installed-base
 	$(BIN)/tiue generate $(PROMPTS) --seed 0 --output out
@@ -26,15 +26,24 @@ lint: $(VENV)/.installed-test
 	$(BIN)/clang-format --dry-run --Werror csrc/*.* csrc/*/*.*
 	$(BIN)/mypy
 
-# A result replaces the last one only when its whole file has run and passed.
-bench: $(VENV)/.installed-test
-	@set -e; mkdir -p out; results=benchmarks/results/$$($(BIN)/python -m benchmarks.machine); \
-	mkdir -p "$$results"; \
-	for file in $(BENCHES); do \
-	    json=$$(basename "$$file" .py).json; \
-	    $(BIN)/python -m pytest "$$file" --timeout=0 --benchmark-json="out/$$json"; \
-	    mv "out/$$json" "$$results/$$json"; \
-	done
+# File, name of the result, options. A result replaces the last one only when its whole file has run
+# and passed.
+define run_bench
+results=benchmarks/results/$$($(BIN)/python -m benchmarks.machine); mkdir -p out "$$results"; \
+$(BIN)/python -m pytest benchmarks/bench_$(1).py --timeout=0 --benchmark-json=out/bench_$(2).json $(3); \
+mv out/bench_$(2).json "$$results/bench_$(2).json"
+endef
+
+bench: $(VENV)/.installed-bench
+	@set -e; $(foreach name,$(BENCHES),$(call run_bench,$(name),$(name));)
+	$(BIN)/python -m benchmarks.report
+
+# A quarter of an hour: the curves of time against K and batch, at a size that a CPU can sweep.
+SWEEP := --bench-latents 32 --bench-rounds 3 --bench-memory --bench-forms published full-steps tiue
+
+sweep: $(VENV)/.installed-bench
+	@set -e; $(call run_bench,one_pass,one_pass_steps,$(SWEEP) --bench-steps 1 2 4 8); \
+	$(call run_bench,one_pass,one_pass_batch,$(SWEEP) --bench-batch 1 4)
 	$(BIN)/python -m benchmarks.report
 
 # Installs nothing and needs no network: .venv where it is, else $(PYTHON) with the torch that it has.

@@ -9,7 +9,7 @@ from typing import Any
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "sd15": {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8},
-    "sd21-base": {
+    "sd21": {  # Stable Diffusion 2.1-base
         "sample_size": 64,
         "cross_attention_dim": 1024,
         "attention_head_dim": (5, 10, 20, 20),

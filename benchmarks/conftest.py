@@ -1,11 +1,13 @@
 """Options of the benchmarks, and what they record about the machine."""
 
+from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks import ceilings as ceilings_of
+from benchmarks import race
 from benchmarks.configs import CONFIGS
 from benchmarks.machine import default_device, describe
 from benchmarks.operator_race import FORMS, Case, Race, run_race, tiny_cases
@@ -14,7 +16,9 @@ from benchmarks.operator_race import FORMS, Case, Race, run_race, tiny_cases
 def pytest_addoption(parser):
     group = parser.getgroup("benchmarks")
     group.addoption("--bench-model", choices=sorted(CONFIGS), default="sd15")
-    group.addoption("--bench-latents", type=int, nargs="+", default=[32, 64], metavar="SIZE")
+    group.addoption("--bench-latents", type=int, nargs="+", metavar="SIZE")
+    group.addoption("--bench-batch", type=int, nargs="+", default=[1], metavar="B")
+    group.addoption("--bench-steps", type=int, nargs="+", default=[4], metavar="K")
     group.addoption("--bench-rounds", type=int, default=5, help="timings of each form (default 5)")
     group.addoption(
         "--bench-dtype",
@@ -27,24 +31,46 @@ def pytest_addoption(parser):
         metavar="NAME",
         help="of an operator; default: the file's own on CUDA, a tiny one on a CPU",
     )
-    group.addoption("--bench-forms", choices=FORMS, nargs="+", default=list(FORMS))
+    group.addoption(
+        "--bench-forms", nargs="+", metavar="FORM", help="default: all that the file has for here"
+    )
+    group.addoption(
+        "--bench-memory",
+        nargs="*",
+        metavar="FORM",
+        help="of the one pass on a CPU: whose peak memory is measured, in a process each",
+    )
     group.addoption(
         "--bench-ceilings", type=Path, help="JSON of benchmarks.ceilings; by default measured"
     )
 
 
 def pytest_generate_tests(metafunc):
-    if "latent_size" in metafunc.fixturenames:
-        sizes = metafunc.config.getoption("--bench-latents")
-        metafunc.parametrize("latent_size", sizes, scope="module")
+    option = metafunc.config.getoption
+    if "case" in metafunc.fixturenames:
+        module = metafunc.module
+        latents = option("--bench-latents") or module.LATENTS
+        sizes = product(latents, option("--bench-batch"), option("--bench-steps"))
+        cases = [race.Case(option("--bench-model"), *size) for size in sizes]
+        metafunc.parametrize("case", cases, ids=lambda case: case.label, scope="module")
+        default = module.default_forms(default_device())
+        metafunc.parametrize("form", chosen_forms(metafunc.config, module.FORMS, default))
     if "race_of" in metafunc.fixturenames:
         operator, names = metafunc.module.OPERATOR, metafunc.module.SHAPES
         if default_device().type == "cpu":
             names = tiny_cases(operator)
-        names = metafunc.config.getoption("--bench-shapes") or names
+        names = option("--bench-shapes") or names
         cases = [Case.parse(operator, name) for name in names]
         metafunc.parametrize("race_of", cases, ids=lambda case: case.label, indirect=True)
-        metafunc.parametrize("form", metafunc.config.getoption("--bench-forms"))
+        metafunc.parametrize("form", chosen_forms(metafunc.config, FORMS, FORMS))
+
+
+def chosen_forms(config, known, default):
+    """The forms asked for, or the default, all of them known."""
+    asked = config.getoption("--bench-forms") or default
+    if unknown := [form for form in asked if form not in known]:
+        raise pytest.UsageError(f"no form {unknown[0]!r}: choose of {', '.join(known)}")
+    return asked
 
 
 def pytest_benchmark_generate_machine_info(config):
@@ -73,5 +99,5 @@ def race_of(request, device, ceilings) -> Race:
     default = "bfloat16" if device.type == "cuda" else "float32"
     dtype = getattr(torch, request.config.getoption("--bench-dtype") or default)
     rounds = request.config.getoption("--bench-rounds")
-    forms = tuple(request.config.getoption("--bench-forms"))
+    forms = tuple(chosen_forms(request.config, FORMS, FORMS))
     return run_race(request.param, device, dtype, rounds, forms, ceilings)

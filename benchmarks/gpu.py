@@ -255,6 +255,9 @@ class Run:
         options = ["--bench-latents", "64", "--bench-rounds", "5"]
         if self.smoke:
             options = ["--bench-model", "tiny", "--bench-latents", "8", "--bench-rounds", "2"]
+        # max-autotune takes minutes to compile: a run of its own.
+        options += ["--bench-forms", "published", "full-steps", "one-step", "tiue"]
+        options.append("--bench-memory")  # of CUDA alone, which costs no process
         output = self.work / "bench_one_pass.json"
         outcome = self.python(
             *("one pass", "-m", "pytest", "benchmarks/bench_one_pass.py", "-q", "--timeout=0"),

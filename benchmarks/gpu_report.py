@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from benchmarks.gpu_results import GREEN, goals
-from benchmarks.report import table
+from benchmarks.markdown import table
 
 MARKS = {"passed": "passed", "failed": "**failed**", "not run": "not run"}
 HEADER = [

@@ -62,13 +62,13 @@ class CudaClock:
 
 
 def interleave(
-    rivals: dict[str, Rival], rounds: int, device: torch.device
+    rivals: dict[str, Rival], rounds: int | dict[str, int], device: torch.device
 ) -> dict[str, list[float]]:
     """Time rivals that have been warmed up, in turn, so that a busy machine slows all alike.
 
     Args:
         rivals: What to time, by name.
-        rounds: Timings of each.
+        rounds: Timings of each, or by name; a rival of fewer takes part in the first ones.
         device: Where they run.
 
     Returns:
@@ -76,15 +76,20 @@ def interleave(
     """
     clock = CudaClock(device) if device.type == "cuda" else wall_clock
     seconds: dict[str, list[float]] = {name: [] for name in rivals}
-    for index in range(rounds):
+    by_name = rounds if isinstance(rounds, dict) else dict.fromkeys(rivals, rounds)
+    for index in range(max(by_name.values(), default=0)):
         # A B, B A, A B, ...: a steady drift of the clock rate cancels out.
         for name in list(rivals)[:: -1 if index % 2 else 1]:
-            seconds[name].append(clock(rivals[name]))
+            if index < by_name[name]:
+                seconds[name].append(clock(rivals[name]))
     return seconds
 
 
 def peak_bytes(rival: Rival, device: torch.device) -> int | None:
-    """Return what one call allocates at most on a GPU; a CPU's allocator keeps no such count."""
+    """Return what one call allocates at most on a GPU.
+
+    A CPU's allocator keeps no such count: `benchmarks.peak_memory` asks the kernel.
+    """
     if device.type != "cuda":
         return None
     torch.cuda.synchronize(device)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 
 from benchmarks.configs import CONFIGS, NUM_TOKENS
+
+M = TypeVar("M", bound=torch.nn.Module)
 
 
 def random_unet(
@@ -27,16 +29,29 @@ def random_unet(
     """
     with torch.device("meta"):
         unet = UNet2DConditionModel(**CONFIGS[name])
-    unet.to_empty(device=device).to(dtype).eval().requires_grad_(False)
-    generator = torch.Generator(device).manual_seed(seed)
-    for parameter_name, parameter in unet.named_parameters():
+    unet.to_empty(device=device).to(dtype).eval()
+    return draw_parameters(unet, torch.Generator(device).manual_seed(seed))
+
+
+def draw_parameters(module: M, generator: torch.Generator) -> M:
+    """Draw a module's parameters so that values stay near 1 through its depth.
+
+    Args:
+        module: Changed in place, and frozen.
+        generator: On the module's device.
+
+    Returns:
+        The module.
+    """
+    module.requires_grad_(False)
+    for parameter_name, parameter in module.named_parameters():
         if parameter.ndim > 1:  # variance 1 / fan-in keeps activations near 1 through the depth
             bound = math.sqrt(3 / parameter[0].numel())
             parameter.uniform_(-bound, bound, generator=generator)
         else:  # a norm's scale near 1, every bias near 0: none of them a no-op
             parameter.uniform_(-0.1, 0.1, generator=generator)
             parameter.add_(1.0 if "norm" in parameter_name and "weight" in parameter_name else 0.0)
-    return unet
+    return module
 
 
 def random_inputs(

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 from benchmarks.configs import CONFIGS, NUM_TOKENS
 
-MODELS = {"sd15": "sd15", "sd21": "sd21-base", "sdxl": "sdxl", "tiny": "tiny"}
 PIXELS = (256, 512, 768, 1024)
 # diffusers' own defaults, where a configuration says nothing.
 DEFAULTS: dict[str, Any] = {
@@ -87,14 +86,14 @@ def decoder(model: str, pixels: int) -> dict[str, Sizes]:
     """The shapes of one decoder at one size of picture.
 
     Args:
-        model: A key of `MODELS`.
+        model: A key of `benchmarks.configs.CONFIGS`.
         pixels: Height and width of the picture, eight times those of the latents.
 
     Returns:
         Sizes by name, in the order in which the decoder runs. Layers of a block that do the same
         share a name: `up1_self` stands for all self attentions of the second up block.
     """
-    config = DEFAULTS | CONFIGS[MODELS[model]]
+    config = DEFAULTS | CONFIGS[model]
     widths = config["block_out_channels"][::-1]
     groups, latents = config["norm_num_groups"], config["in_channels"]
     # What diffusers calls attention_head_dim is the number of heads.
@@ -131,7 +130,7 @@ def decoder(model: str, pixels: int) -> dict[str, Sizes]:
 
 SHAPES: dict[str, Sizes] = {
     name: sizes
-    for model in MODELS
+    for model in CONFIGS
     for pixels in ((64,) if model == "tiny" else PIXELS)
     for name, sizes in decoder(model, pixels).items()
 }

@@ -1,7 +1,8 @@
-"""The benchmark runs, on a tiny UNet, and the report says what its JSON holds."""
+"""The benchmarks of every level run, on a tiny UNet; forms are compared before they are timed."""
 
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -10,59 +11,172 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import report
+from benchmarks import multiply_adds, peak_memory, rivals
+from benchmarks.bench_one_pass import run_race
 from benchmarks.interleave import interleave
+from benchmarks.models import random_unet
+from benchmarks.race import Case
 
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="module")
-def result(tmp_path_factory) -> dict:
-    path = tmp_path_factory.mktemp("results") / "cpu" / "bench_one_pass.json"
-    path.parent.mkdir()
-    options = ["--bench-model", "tiny", "--bench-latents", "8", "--bench-rounds", "3"]
-    command = [sys.executable, "-m", "pytest", "benchmarks/bench_one_pass.py", *options]
+def bench(folder: Path, level: str, *options: str) -> list[dict]:
+    """Run one benchmark on the tiny model; its rows."""
+    path = folder / f"bench_{level}.json"
+    command = [sys.executable, "-m", "pytest", f"benchmarks/bench_{level}.py", *options]
     # pytest-benchmark measures nothing where it takes itself for a worker of pytest-xdist.
     environment = {name: os.environ[name] for name in os.environ if "XDIST" not in name}
     done = subprocess.run(
-        [*command, f"--benchmark-json={path}"],
+        [*command, "--bench-model=tiny", f"--benchmark-json={path}"],
         cwd=ROOT,
         env=environment,
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stdout
-    (loaded,) = report.load(path.parents[1])
-    return loaded
-
-
-def test_json_has_both_forms_and_their_ratio(result):
-    forms = {row["extra_info"]["form"]: row for row in result["benchmarks"]}
-    assert set(forms) == {"published", "tiue"}
-    medians = {form: statistics.median(row["stats"]["data"]) for form, row in forms.items()}
-    assert all(len(row["stats"]["data"]) == 3 for row in forms.values())
-    speedup = forms["tiue"]["extra_info"]["speedup_over_published"]
-    assert speedup == pytest.approx(medians["published"] / medians["tiue"])
-    assert forms["tiue"]["extra_info"]["relative_difference"] < 2e-5
-
-
-def test_json_names_the_device_but_not_the_host(result):
+    text = path.read_text(encoding="utf-8")
+    assert str(ROOT) not in text
+    result = json.loads(text)
     assert result["machine_info"]["device"]
     assert "node" not in result["machine_info"]
-    assert str(ROOT) not in json.dumps(result)
+    return result["benchmarks"]
 
 
-def test_report_writes_the_measured_numbers(result):
-    tiue = next(row for row in result["benchmarks"] if row["extra_info"]["form"] == "tiue")
-    median = f"{tiue['stats']['median'] * 1e3:.2f} ms"
-    speedup = f"{tiue['extra_info']['speedup_over_published']:.2f} x"
-    for text in (report.readme_block([result]), report.performance_page([result])):
-        assert median in text
-        assert speedup in text
-    readme = f"before\n{report.START}\nold\n{report.END}\nafter\n"
-    assert report.replace_block(readme, "new") == readme.replace("old", "new")
-    with pytest.raises(ValueError, match="markers"):
-        report.replace_block("no markers", "new")
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory) -> list[dict]:
+    options = ["--bench-latents", "8", "--bench-rounds", "3", "--bench-steps", "2"]
+    options += ["--bench-memory", "published"]
+    return bench(tmp_path_factory.mktemp("results"), "one_pass", *options)
+
+
+def test_forms_are_raced_on_one_case(rows):
+    forms = {row["extra_info"]["form"]: row for row in rows}
+    assert {"published", "full-steps", "one-step", "tiue"} <= set(forms)
+    medians = {form: statistics.median(row["stats"]["data"]) for form, row in forms.items()}
+    assert all(len(row["stats"]["data"]) == 3 for row in forms.values())
+    info = forms["tiue"]["extra_info"]
+    assert info["speedup_over"] == pytest.approx(
+        {form: median / medians["tiue"] for form, median in medians.items()}
+    )
+    assert info["relative_difference"] < 1e-4
+    assert "not equal by nature" in forms["full-steps"]["extra_info"]["compared"]
+    assert info["num_decoder_steps"] == 2
+
+
+def test_forms_that_cannot_run_say_why_in_the_json(rows):
+    ran = {row["extra_info"]["form"] for row in rows}
+    reasons = rows[0]["extra_info"]["not_run"]
+    assert not ran & set(reasons)
+    assert all(reasons.values())
+    asked = {name for name, form in rivals.FORMS.items() if "cpu" in form.by_default}
+    assert ran | set(reasons) == asked
+
+
+def test_cost_is_stated_without_a_clock(rows):
+    counted = {row["extra_info"]["form"]: row["extra_info"]["multiply_adds"] for row in rows}
+    parts = multiply_adds.count("tiue", "tiny", 8, num_decoder_steps=2)
+    assert counted["tiue"] == sum(part.total for part in parts.values())
+    assert counted["full-steps"] == 2 * counted["one-step"]
+    assert counted["tiue"] < counted["published"] < counted["full-steps"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the high-water mark is Linux's")
+def test_memory_grows_by_what_a_pass_allocates(rows, monkeypatch):
+    assert rows[0]["extra_info"]["peaks_mib"]["published"] > 0
+
+    def build(_setting):
+        return lambda: torch.ones(2**26).sum()  # 256 MiB, freed before the call returns
+
+    monkeypatch.setitem(rivals.FORMS, "published", rivals.Form(build, "a large temporary"))
+    peak = peak_memory.measure("published", Case("tiny", 8), torch.float32)
+    assert 256 <= peak / 2**20 < 512
+
+
+def test_a_form_that_is_wrong_is_not_timed(monkeypatch):
+    def build(setting):
+        right = rivals.FORMS["published"].build(setting)
+        return lambda: right() * 1.01
+
+    monkeypatch.setitem(rivals.FORMS, "tiue", rivals.Form(build, "wrong"))
+    unet = random_unet("tiny", torch.device("cpu"), torch.float32)
+    with pytest.raises(AssertionError, match="tiue differs by"):
+        run_race(Case("tiny", 8), unet, ["published", "tiue"], 1, [])
+
+
+def test_a_rival_that_breaks_costs_no_other(monkeypatch):
+    def broken(_setting):
+        raise RuntimeError(f"cannot write {ROOT}/cache\nmore")
+
+    monkeypatch.setitem(rivals.FORMS, "one-step", rivals.Form(broken, "broken"))
+    unet = random_unet("tiny", torch.device("cpu"), torch.float32)
+    race = run_race(Case("tiny", 8), unet, ["published", "one-step"], 1, [])
+    assert race.not_run == {"one-step": "RuntimeError: cannot write cache"}
+    assert set(race.seconds) == {"published"}
+
+
+def test_half_types_are_held_against_float32():
+    unet = random_unet("tiny", torch.device("cpu"), torch.bfloat16)
+    race = run_race(Case("tiny", 8), unet, ["published", "tiue"], 1, [])
+    assert 0 < race.of_form["tiue"]["relative_difference"] < 0.1
+
+
+@pytest.mark.parametrize("form", ["published-compile", "tiue-compile"])
+def test_compiled_forms_compute_the_same(form):
+    if shutil.which("g++") is None:
+        pytest.skip("no g++: torch.compile generates C++ for a CPU")
+    unet = random_unet("tiny", torch.device("cpu"), torch.float32)
+    race = run_race(Case("tiny", 8, num_decoder_steps=2), unet, [form], 1, [])
+    assert race.not_run == {}
+    assert race.of_form[form]["relative_difference"] < 2e-5
+
+
+def test_openvino_computes_the_same():
+    pytest.importorskip("openvino")
+    unet = random_unet("tiny", torch.device("cpu"), torch.float32)
+    race = run_race(Case("tiny", 8), unet, ["published-openvino"], 1, [])
+    assert race.not_run == {}
+    assert race.of_form["published-openvino"]["relative_difference"] < 1e-4
+
+
+def test_blocks(tmp_path):
+    options = ["--bench-latents", "8", "--bench-rounds", "2"]
+    rows = {row["name"]: row["extra_info"] for row in bench(tmp_path, "block", *options)}
+    assert len(rows) == 4
+    for block in ("resnet", "transformer block"):
+        published, tiue = (
+            info
+            for form in ("published", "tiue")
+            for info in rows.values()
+            if (info["block"], info["form"]) == (block, form)
+        )
+        assert tiue["multiply_adds"] < published["multiply_adds"]
+        assert tiue["relative_difference"] < 2e-4
+
+
+def test_training_steps(tmp_path):
+    options = ["--bench-latents", "8", "--bench-rounds", "2"]
+    rows = bench(tmp_path, "train_step", *options)
+    infos = {row["extra_info"]["form"]: row["extra_info"] for row in rows}
+    assert set(infos) == {"published", "tiue", "tiue-recompute"}
+    assert all(info["relative_difference"] < 1e-4 for info in infos.values())
+    saved = {form: info["saved_mib"] for form, info in infos.items()}
+    assert saved["tiue-recompute"] < saved["tiue"] < saved["published"]
+
+
+def test_pictures(tmp_path):
+    rows = bench(tmp_path, "pipeline", "--bench-rounds", "1")
+    assert [row["extra_info"]["batch"] for row in rows] == [1, 8]
+    for row in rows:
+        stages = row["extra_info"]["stages_s"]
+        assert sum(stages.values()) == pytest.approx(row["stats"]["median"])
+        assert all(stages[name] > 0 for name in ("text encoder", "encoder", "decoder", "VAE"))
+
+
+def test_unknown_forms_are_refused():
+    command = [sys.executable, "-m", "pytest", "benchmarks/bench_block.py", "--bench-forms=none"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "no form 'none': choose of published, tiue" in done.stdout + done.stderr
 
 
 def test_rounds_are_interleaved():
@@ -74,3 +188,11 @@ def test_rounds_are_interleaved():
     seconds = interleave({"a": rival("a"), "b": rival("b")}, rounds=4, device=torch.device("cpu"))
     assert calls == ["a", "b", "b", "a", "a", "b", "b", "a"]
     assert [len(rounds) for rounds in seconds.values()] == [4, 4]
+
+
+def test_rivals_of_fewer_rounds_take_part_in_the_first():
+    calls = []
+    rivals = {name: (lambda name=name: calls.append(name)) for name in ("slow", "fast")}
+    seconds = interleave(rivals, {"slow": 1, "fast": 3}, torch.device("cpu"))
+    assert calls == ["slow", "fast", "fast", "fast"]
+    assert {name: len(rounds) for name, rounds in seconds.items()} == {"slow": 1, "fast": 3}

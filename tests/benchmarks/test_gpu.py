@@ -187,7 +187,8 @@ def test_architecture_of_a_card() -> None:
 
 def test_every_operator_has_a_benchmark() -> None:
     files = {path.stem for path in (ROOT / "benchmarks").glob("bench_*.py")}
-    assert files == {f"bench_{operator}" for operator in OPERATORS} | {"bench_one_pass"}
+    levels = {"bench_one_pass", "bench_block", "bench_pipeline", "bench_train_step"}
+    assert files == {f"bench_{operator}" for operator in OPERATORS} | levels
     grouped = gpu.groups(tuple(OPERATORS))
     assert sorted(member for members in grouped.values() for member in members) == sorted(OPERATORS)
     assert all(kernel_backends(name) for name in grouped if name != "compositions")

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from benchmarks.configs import CONFIGS, NUM_TOKENS
 from benchmarks.operators import OPERATORS, first_skip_channel
 from benchmarks.problem import Draw
-from benchmarks.shapes import MODELS, SHAPES, Attention, Output, Resnet, decoder, select
+from benchmarks.shapes import SHAPES, Attention, Output, Resnet, decoder, select
 from tiue import TiUEUNet
 from tiue_kernels import functional
 from tiue_kernels.functional import blocks
@@ -51,7 +51,7 @@ def recorded(run: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> set[
 
 
 def asked_by_the_decoder(model: str, pixels: int, monkeypatch: pytest.MonkeyPatch) -> set[Call]:
-    unet = TiUEUNet(**CONFIGS[MODELS[model]])
+    unet = TiUEUNet(**CONFIGS[model])
     text = torch.empty(1, NUM_TOKENS, unet.config.cross_attention_dim)
     conditioning = {}
     if unet.config.addition_embed_type == "text_time":

@@ -1,0 +1,253 @@
+"""The forms of the one pass that are raced: what each computes, and why one cannot run here."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+from unittest import mock
+
+import torch
+from diffusers import DDIMScheduler, UNet2DConditionModel
+
+from benchmarks import published_form
+from benchmarks.interleave import Rival
+from benchmarks.models import random_inputs, random_unet, stable_diffusion_scheduler
+from benchmarks.race import Case
+from tiue import OnePassSchedule, TiUEUNet
+from tiue_kernels import cpu, winograd
+
+
+class NotRunError(Exception):
+    """A form that cannot run here; the message says why."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One UNet with the inputs of one case; every form runs on its weights.
+
+    Attributes:
+        case: What is raced.
+        unet: The weights.
+        inputs: Of `published_form.one_pass`.
+        scheduler: The method's.
+    """
+
+    case: Case
+    unet: UNet2DConditionModel
+    inputs: dict[str, Any]
+    scheduler: DDIMScheduler
+
+    @classmethod
+    def build(
+        cls,
+        case: Case,
+        device: torch.device,
+        dtype: torch.dtype,
+        unet: UNet2DConditionModel | None = None,
+    ) -> Setting:
+        """Draw the inputs and, where there is none yet, the UNet of a case."""
+        unet = unet or random_unet(case.model, device, dtype)
+        inputs = random_inputs(unet, case.batch, case.latent_size)
+        return cls(case, unet, inputs, stable_diffusion_scheduler())
+
+    @cached_property
+    def channels_last(self) -> UNet2DConditionModel:
+        """A copy of the UNet with its convolutions in the layout that compilers prefer."""
+        return copy.deepcopy(self.unet).to(memory_format=torch.channels_last)
+
+    @property
+    def schedule(self) -> OnePassSchedule:
+        return OnePassSchedule.from_scheduler(self.scheduler, self.case.num_decoder_steps)
+
+    @property
+    def timesteps(self) -> torch.Tensor:
+        return self.schedule.timesteps.to(self.unet.device)
+
+    def combine(self, noise_pred: torch.Tensor) -> torch.Tensor:
+        """The K steps of the scheduler over outputs that are already there."""
+        scheduler = copy.deepcopy(self.scheduler)
+        scheduler.set_timesteps(self.case.num_decoder_steps, device=noise_pred.device)
+        return published_form.combine(scheduler, self.inputs["latents"], noise_pred)
+
+
+class _PublishedNoise(torch.nn.Module):
+    """The published form's model outputs as one module, for exporters and compilers."""
+
+    def __init__(self, unet: UNet2DConditionModel, timesteps: torch.Tensor) -> None:
+        super().__init__()
+        self.unet = unet
+        self.register_buffer("timesteps", timesteps)
+
+    def forward(
+        self,
+        latents: torch.Tensor,
+        prompt_embeds: torch.Tensor,
+        added_cond_kwargs: dict[str, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        timesteps = self.timesteps
+        return published_form.predict_noise(
+            self.unet, latents, timesteps, prompt_embeds, added_cond_kwargs
+        )
+
+
+def _published(setting: Setting) -> Rival:
+    steps = setting.case.num_decoder_steps
+    return partial(
+        published_form.one_pass, setting.unet, setting.scheduler, steps, **setting.inputs
+    )
+
+
+def _published_compile(setting: Setting) -> Rival:
+    compiled = _compile(_PublishedNoise(setting.channels_last, setting.timesteps))
+
+    @torch.no_grad()
+    def run() -> torch.Tensor:
+        return setting.combine(compiled(**setting.inputs))
+
+    run()  # compiles
+    return run
+
+
+def _published_openvino(setting: Setting) -> Rival:
+    if setting.unet.device.type != "cpu":
+        raise NotRunError("OpenVINO is raced on a CPU")
+    if importlib.util.find_spec("openvino") is None:
+        raise NotRunError("openvino is not installed: pip install 'tiue[openvino]'")
+    import openvino
+
+    module = _PublishedNoise(setting.unet, setting.timesteps)
+    with torch.no_grad():
+        program = torch.export.export(module, (), setting.inputs)
+    model = openvino.convert_model(program)
+    options = {
+        "INFERENCE_PRECISION_HINT": "f32",
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+    }
+    request = openvino.compile_model(model, "CPU", options).create_infer_request()
+    arrays = [tensor.numpy() for tensor in _flat(setting.inputs)]
+
+    @torch.no_grad()
+    def run() -> torch.Tensor:
+        request.infer(arrays, share_inputs=True)
+        return setting.combine(torch.from_numpy(request.get_output_tensor(0).data))
+
+    return run
+
+
+@torch.no_grad()
+def _sample(setting: Setting, steps: int) -> torch.Tensor:
+    """Plain sampling: the whole UNet at every step."""
+    scheduler = copy.deepcopy(setting.scheduler)
+    scheduler.set_timesteps(steps, device=setting.unet.device)
+    latents, text = setting.inputs["latents"], setting.inputs["prompt_embeds"]
+    added = setting.inputs.get("added_cond_kwargs")
+    for timestep in scheduler.timesteps:
+        noise_pred = setting.unet(latents, timestep, text, added_cond_kwargs=added).sample
+        latents = scheduler.step(noise_pred, timestep, latents).prev_sample
+    return latents
+
+
+def _tiue(setting: Setting) -> Rival:
+    student = TiUEUNet.from_unet(setting.unet)
+    return partial(student.one_pass, schedule=setting.schedule, **setting.inputs)
+
+
+def _tiue_direct(setting: Setting) -> Rival:
+    if not (cpu.loaded() and setting.unet.device.type == "cpu"):
+        raise NotRunError("no Winograd convolutions here: `tiue` runs direct ones already")
+    run = _tiue(setting)
+
+    def direct() -> object:
+        with _direct_convolutions():
+            return run()
+
+    return direct
+
+
+def _tiue_compile(setting: Setting) -> Rival:
+    student = TiUEUNet.from_unet(setting.channels_last)
+    compiled = _compile(partial(student.one_pass, schedule=setting.schedule))
+    run = partial(compiled, **setting.inputs)
+    run()  # compiles
+    return run
+
+
+def _tiue_openvino(setting: Setting) -> Rival:
+    student = TiUEUNet.from_unet(setting.unet)
+    if not hasattr(student, "compile_one_pass"):
+        raise NotRunError("TiUEUNet has no compile_one_pass(backend='openvino') yet")
+    student.compile_one_pass(backend="openvino")
+    return partial(student.one_pass, schedule=setting.schedule, **setting.inputs)
+
+
+def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
+    if not torch.cuda.is_available() and shutil.which("g++") is None:
+        raise NotRunError("torch.compile needs g++ on a CPU")
+    torch._dynamo.reset()
+    return torch.compile(function, mode="max-autotune", dynamic=False)
+
+
+@contextmanager
+def _direct_convolutions() -> Iterator[None]:
+    with mock.patch.object(winograd, "serves", return_value=False):
+        yield
+
+
+def _flat(inputs: dict[str, Any]) -> Iterator[torch.Tensor]:
+    for value in inputs.values():
+        yield from _flat(value) if isinstance(value, dict) else [value]
+
+
+@dataclass(frozen=True)
+class Form:
+    """One form.
+
+    Attributes:
+        build: Makes the call of a setting, compiled where it is; raises `NotRunError` where it
+            cannot.
+        meaning: One line for the report.
+        is_equal: Whether it computes the published form's numbers.
+        by_default: Where it runs unless `--bench-forms` says otherwise.
+    """
+
+    build: Callable[[Setting], Rival]
+    meaning: str
+    is_equal: bool = True
+    by_default: tuple[str, ...] = ("cpu", "cuda")
+
+
+FORMS = {
+    "published": Form(_published, "everything repeated K times after the encoder, eager"),
+    "published-compile": Form(
+        _published_compile,
+        'the same under `torch.compile(mode="max-autotune")`, channels_last',
+        by_default=("cuda",),
+    ),
+    "published-openvino": Form(
+        _published_openvino, "the same in OpenVINO, float32", by_default=("cpu",)
+    ),
+    "full-steps": Form(
+        lambda setting: partial(_sample, setting, setting.case.num_decoder_steps),
+        "plain sampling: the whole UNet K times; other numbers by nature",
+        is_equal=False,
+    ),
+    "one-step": Form(
+        lambda setting: partial(_sample, setting, 1),
+        "the whole UNet once, what one-step models cost; other numbers by nature",
+        is_equal=False,
+    ),
+    "tiue": Form(_tiue, "this package, eager"),
+    "tiue-direct": Form(_tiue_direct, "this package without Winograd convolutions", by_default=()),
+    "tiue-compile": Form(
+        _tiue_compile,
+        'this package under `torch.compile(mode="max-autotune")`, channels_last',
+        by_default=("cuda",),
+    ),
+    "tiue-openvino": Form(_tiue_openvino, "this package in OpenVINO, float32", by_default=("cpu",)),
+}
