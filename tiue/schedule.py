@@ -125,6 +125,49 @@ class OnePassSchedule:
         """K."""
         return len(self.timesteps)
 
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """Everything that a pass takes from the schedule, as numbers: equal keys, equal passes."""
+        return (
+            tuple(self.timesteps.tolist()),
+            self.encoder_timestep.item(),
+            self.latent_coefficient,
+            tuple(self.noise_coefficients.tolist()),
+            self.init_noise_sigma,
+            self.model_input_scale,
+        )
+
+    def on(self, device: torch.device) -> "OnePassSchedule":
+        """The schedule with its tensors on a device, copied at the first call only.
+
+        A copy to a GPU waits for everything that the GPU was given before.
+
+        Args:
+            device: that of the latents.
+
+        Returns:
+            The schedule; itself where its tensors are there already.
+        """
+        if self.timesteps.device == device:
+            return self
+        # A version counts what was written to a tensor in place: no copy outlives its original.
+        key = (device, *(tensor._version for tensor in self._tensors.values()))
+        copies: dict[tuple[Any, ...], OnePassSchedule] = vars(self).setdefault("_copies", {})
+        if key not in copies:
+            copies.clear()
+            copies[key] = self.copied(device)
+        return copies[key]
+
+    def copied(self, device: torch.device) -> "OnePassSchedule":
+        """The schedule with tensors of its own on a device."""
+        tensors = {name: tensor.to(device, copy=True) for name, tensor in self._tensors.items()}
+        return replace(self, **tensors)
+
+    @property
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        names = ("timesteps", "noise_coefficients", "encoder_timestep")
+        return {name: getattr(self, name) for name in names}
+
     def scale_model_input(self, latents: torch.Tensor) -> torch.Tensor:
         """The model's input at the first timestep (Euler divides by sqrt(sigma^2 + 1)).
 

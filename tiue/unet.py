@@ -262,7 +262,11 @@ class TiUEUNet(UNet2DConditionModel):
             norm.bias,
             norm.eps,
         )
-        bias = conv.bias * schedule.noise_coefficients.sum().item()
+        # A product of tensors, at least float32: a number would be read from the device, which the
+        # host would wait for.
+        dtype = torch.promote_types(conv.bias.dtype, torch.float32)
+        total = schedule.noise_coefficients.to(hidden.device, dtype).sum()
+        bias = (conv.bias * total).to(conv.bias.dtype)
         noise = F.conv2d(hidden, conv.weight, bias, conv.stride, conv.padding)
         return (schedule.latent_coefficient * latents + noise).to(latents.dtype)
 
@@ -294,7 +298,6 @@ class TiUEUNet(UNet2DConditionModel):
         features = self.encode(latents, timesteps[0], prompt_embeds, **conditioning)
         return self.decode(features, timesteps)
 
-    @torch.no_grad()
     def one_pass(
         self,
         latents: torch.Tensor,
@@ -316,11 +319,15 @@ class TiUEUNet(UNet2DConditionModel):
         Raises:
             InputError: channels or rows that do not fit.
         """
+        if not torch.compiler.is_compiling():
+            schedule = schedule.on(latents.device)
         model_input = schedule.scale_model_input(latents)
-        features = self.encode(
-            model_input, schedule.encoder_timestep, prompt_embeds, **conditioning
-        )
-        return self.decode_combined(features, latents, schedule)
+        # Not a decorator: torch.compile would take its arguments for fixed in shape.
+        with torch.no_grad():
+            features = self.encode(
+                model_input, schedule.encoder_timestep, prompt_embeds, **conditioning
+            )
+            return self.decode_combined(features, latents, schedule)
 
     @apply_lora_scale("cross_attention_kwargs")
     def _encode(
