@@ -151,7 +151,8 @@ class OnePassSchedule:
         if self.timesteps.device == device:
             return self
         # A version counts what was written to a tensor in place: no copy outlives its original.
-        key = (device, *(tensor._version for tensor in self._tensors.values()))
+        tensors = (self.timesteps, self.noise_coefficients, self.encoder_timestep)
+        key = (device, *(tensor._version for tensor in tensors))
         copies: dict[tuple[Any, ...], OnePassSchedule] = vars(self).setdefault("_copies", {})
         if key not in copies:
             copies.clear()
@@ -160,13 +161,12 @@ class OnePassSchedule:
 
     def copied(self, device: torch.device) -> "OnePassSchedule":
         """The schedule with tensors of its own on a device."""
-        tensors = {name: tensor.to(device, copy=True) for name, tensor in self._tensors.items()}
-        return replace(self, **tensors)
-
-    @property
-    def _tensors(self) -> dict[str, torch.Tensor]:
-        names = ("timesteps", "noise_coefficients", "encoder_timestep")
-        return {name: getattr(self, name) for name in names}
+        return replace(
+            self,
+            timesteps=self.timesteps.to(device, copy=True),
+            noise_coefficients=self.noise_coefficients.to(device, copy=True),
+            encoder_timestep=self.encoder_timestep.to(device, copy=True),
+        )
 
     def scale_model_input(self, latents: torch.Tensor) -> torch.Tensor:
         """The model's input at the first timestep (Euler divides by sqrt(sigma^2 + 1)).

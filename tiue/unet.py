@@ -3,7 +3,7 @@
 import json
 import os
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -14,7 +14,8 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from diffusers.utils.peft_utils import apply_lora_scale
 from torch import nn
 
-from tiue.checkpoints import check_unet_config, check_unet_folder
+from tiue.checkpoints import check_architecture, check_unet_config, check_unet_folder
+from tiue.compiled import compile_call
 from tiue.decoder import SharedContext, decode_up_block
 from tiue.errors import ArchitectureError, CheckpointError, InputError
 from tiue.schedule import OnePassSchedule
@@ -99,7 +100,7 @@ class TiUEUNet(UNet2DConditionModel):
             raise
         except (OSError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"no UNet could be loaded from {name}: {error}") from error
-        _check_architecture(unet)
+        check_architecture(unet)
         return unet
 
     @classmethod
@@ -119,7 +120,7 @@ class TiUEUNet(UNet2DConditionModel):
             raise ArchitectureError(
                 f"TiUEUNet is made of a diffusers UNet2DConditionModel, not {type(unet).__name__}"
             )
-        _check_architecture(unet)
+        check_architecture(unet)
         student = cls.__new__(cls)
         # The registries are copied so that a module set on one is not set on the other.
         for name, value in vars(unet).items():
@@ -329,6 +330,20 @@ class TiUEUNet(UNet2DConditionModel):
             )
             return self.decode_combined(features, latents, schedule)
 
+    def compile_one_pass(
+        self, backend: str | None = None, **options: Any
+    ) -> Callable[..., torch.Tensor]:
+        """Make a faster `one_pass`, with its arguments; weights may change under it at any time.
+
+        Args:
+            backend: as `tiue.compiled.compile_call`: on a GPU None records CUDA graphs.
+            **options: likewise.
+
+        Returns:
+            What to call in the place of `one_pass`.
+        """
+        return compile_call(self.one_pass, [self], backend, **options)
+
     @apply_lora_scale("cross_attention_kwargs")
     def _encode(
         self,
@@ -477,16 +492,3 @@ def _mask_to_bias(mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor
     if mask is None:
         return None
     return ((1 - mask.to(dtype)) * -10000.0).unsqueeze(1)
-
-
-def _check_architecture(unet: UNet2DConditionModel) -> None:
-    blocks = (*unet.down_blocks, unet.mid_block, *unet.up_blocks)
-    if not any(getattr(block, "has_cross_attention", False) for block in blocks):
-        raise ArchitectureError(
-            "this UNet has no cross-attention, so no prompt can reach it: the one pass is for "
-            "Stable Diffusion UNets (CrossAttnDownBlock2D, CrossAttnUpBlock2D)"
-        )
-    if unet.config.addition_embed_type == "image_hint":
-        raise ArchitectureError(
-            "addition_embed_type='image_hint' (Kandinsky's ControlNet) is not supported"
-        )

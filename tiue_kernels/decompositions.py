@@ -48,9 +48,9 @@ def _group_norm(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """GroupNorm(x) and the statistics, x in its arithmetic type."""
     rows, channels, height, width = x.shape
+    weight, bias = weight.to(x.dtype), bias.to(x.dtype)
     out, mean, rstd = torch.native_group_norm(
-        *(x.contiguous(), weight.to(x.dtype), bias.to(x.dtype)),
-        *(rows, channels, height * width, num_groups, eps),
+        x.contiguous(), weight, bias, rows, channels, height * width, num_groups, eps
     )
     return out, torch.stack([mean, rstd])
 

@@ -52,9 +52,7 @@ class Call:
             self.spec,
         )
 
-    def run(
-        self, function: Callable[..., Any], tensors: list[torch.Tensor] | None = None
-    ) -> Any:
+    def run(self, function: Callable[..., Any], tensors: list[torch.Tensor] | None = None) -> Any:
         """Call a function with these arguments.
 
         Args:
@@ -69,14 +67,16 @@ class Call:
         args, kwargs = pytree.tree_unflatten(leaves, self.spec)
         return function(*args, **kwargs)
 
-    def key(self, with_sizes: bool = True) -> Hashable | None:
+    def key(
+        self, sizes: Callable[[torch.Tensor], Hashable] = lambda tensor: tuple(tensor.shape)
+    ) -> Hashable | None:
         """What two calls have in common where one, recorded, stands for the other.
 
         Shapes, dtypes and devices of the tensors, every other argument by its value, and the
         settings of the process that choose what runs.
 
         Args:
-            with_sizes: whether the sizes of the axes count, or only how many there are.
+            sizes: what counts of a tensor's shape.
 
         Returns:
             The key; None where an argument has no value to compare by.
@@ -89,9 +89,7 @@ class Call:
                 constants.append((type(leaf), leaf))
             else:
                 return None
-        shapes = tuple(
-            (tuple(t.shape) if with_sizes else t.ndim, t.dtype, t.device) for t in self.tensors
-        )
+        shapes = tuple((sizes(t), t.dtype, t.device) for t in self.tensors)
         settings = (
             tuple(
                 (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))

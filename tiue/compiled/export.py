@@ -54,9 +54,14 @@ def export(
         The program.
     """
     shapes: Any = None
-    if dynamic:  # batch, and the sides of a map; torch finds out what divides them
-        axes = [(0, 2, 3) if tensor.ndim == 4 else (0,) for tensor in call.tensors]
-        shapes = {"tensors": tuple({axis: Dim.AUTO for axis in own} for own in axes)}
+    if dynamic:
+        axes = [free_axes(tensor) for tensor in call.tensors]
+        shapes = {"tensors": tuple(dict.fromkeys(own, Dim.AUTO) for own in axes)}
     args = tuple(call.tensors)
     program = torch.export.export(Program(function, modules, call), args, dynamic_shapes=shapes)
     return program.run_decompositions(decompositions.table())
+
+
+def free_axes(tensor: torch.Tensor) -> tuple[int, ...]:
+    """The axes of an input that a dynamic program takes in any size: batch, and sides of a map."""
+    return (0, 2, 3) if tensor.ndim == 4 else (0,)

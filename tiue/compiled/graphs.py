@@ -69,8 +69,10 @@ class CudaRecorder:
             if self._done is None:
                 self._done = torch.cuda.Event()
             torch.cuda.current_stream().wait_event(self._done)
-            yield
-            self._done.record()
+            try:
+                yield
+            finally:
+                self._done.record()
 
     def warm_up(self, run: Callable[[], torch.Tensor]) -> None:
         current, side = torch.cuda.current_stream(), torch.cuda.Stream()
@@ -156,14 +158,15 @@ class GraphedCall:
     def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         call = Call.of(args, kwargs)
         device = next(self._modules[0].parameters()).device
-        if not self._recorder.serves(device) or any(t.device != device for t in call.tensors):
+        here = all(tensor.device == device and tensor.numel() for tensor in call.tensors)
+        if not (here and self._recorder.serves(device)):
             return self._function(*args, **kwargs)
         # Tensors made in inference_mode could not be written to outside of it.
-        with self._lock, torch.inference_mode(False), torch.no_grad():
-            with self._recorder.in_order(device):
-                graph = self._graph(call, device)
-                if graph is not None:
-                    return graph(call.tensors)
+        normal = torch.inference_mode(False)
+        with self._lock, normal, torch.no_grad(), self._recorder.in_order(device):
+            graph = self._graph(call, device)
+            if graph is not None:
+                return graph(call.tensors)
         return self._function(*args, **kwargs)
 
     def _graph(self, call: Call, device: torch.device) -> _Graph | None:
@@ -194,16 +197,16 @@ class GraphedCall:
         try:
             self._recorder.warm_up(run)
         except torch.OutOfMemoryError as error:
-            return self._refused(error)
+            self._drop_all()
+            self._tell(str(error))
+            return None
         try:
             return _Graph(call, self._recorder.record(run))
         except RuntimeError as error:
-            return self._refused(error)
-
-    def _refused(self, error: RuntimeError) -> None:
-        if isinstance(error, torch.OutOfMemoryError):
-            self._drop_all()
-        self._tell(str(error))
+            if isinstance(error, torch.OutOfMemoryError):
+                self._drop_all()
+            self._tell(str(error))
+            return None
 
     def _drop_all(self) -> None:
         self._graphs.clear()

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from tiue.compiled.calls import Call
-from tiue.compiled.export import export
+from tiue.compiled.export import export, free_axes
 from tiue.compiled.fingerprint import Fingerprint, contents
-from tiue.errors import DependencyError, InputError
+from tiue.errors import DependencyError, InputError, TiUEError
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +98,7 @@ class OpenVINOCall:
             self._models.clear()
             self._contents = present
             self._fingerprint = Fingerprint(self._modules)
-        key = call.key(with_sizes=not self._dynamic)
+        key = call.key(self._sizes) if self._dynamic else call.key()
         if key is None:
             return None
         if key not in self._models:
@@ -120,9 +120,25 @@ class OpenVINOCall:
         try:
             program = export(self._function, self._modules, call, self._dynamic)
             return self._core.compile_model(convert(program), "CPU", settings)
+        except TiUEError:
+            raise
         except (RuntimeError, ValueError, NotImplementedError) as error:
             logger.warning(
                 "A call runs without OpenVINO, which does not take it: %s",
                 str(error).strip().split("\n")[0],
             )
             return None
+
+    def _sizes(self, tensor: torch.Tensor) -> Hashable:
+        """What two shapes have in common that one dynamic program serves.
+
+        OpenVINO does not check what a program takes for granted: that a size is not 1, and that
+        sides are divisible as often as the UNet halves them.
+        """
+        halvings = max(getattr(module, "num_upsamplers", 0) for module in self._modules)
+        shape: list[Hashable] = list(tensor.shape)
+        for axis in free_axes(tensor):
+            size = tensor.shape[axis]
+            twos = min(size & -size, 2**halvings) if axis else None
+            shape[axis] = (size == 1, twos)
+        return tuple(shape)
