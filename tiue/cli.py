@@ -216,6 +216,7 @@ def export(
 
     from tiue.pipelines import program
 
+    program.check_suffix(output, ".pt2" if format is ExportFormat.torch else ".xml")
     pipe = _load(model, torch.float32)
     exported = program.export_pipeline(pipe, batch, height, width, num_decoder_steps)
     if format is ExportFormat.openvino:

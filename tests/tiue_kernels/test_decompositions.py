@@ -1,4 +1,4 @@
-"""Every forward operator as torch's own: the same numbers, and nothing of ours left in a program."""
+"""Every forward operator as torch's own: the same numbers, and nothing of ours in a program."""
 
 import pytest
 import torch
@@ -17,9 +17,9 @@ def test_no_forward_operator_is_left_out() -> None:
 @pytest.mark.parametrize("name", CALLS)
 def test_decomposed_equals_the_operator(name: str) -> None:
     call: Call = CALLS[name]
-    traced = make_fx(lambda tensors: call.run(**tensors), decompositions.table())(call.tensors)
+    tensors = tuple(call.tensors.values())
+    traced = make_fx(call.run, decompositions.table())(*tensors)
     targets = [str(node.target) for node in traced.graph.nodes]
-    assert not [target for target in targets if target.startswith("tiue")]
-    assert not [target for target in targets if target.split(".")[-2:-1] and target.split(".")[-2].endswith("_")]
-    for got, want in zip(traced(call.tensors), call.run(**call.tensors), strict=True):
+    assert not [target for target in targets if "tiue" in target or "_." in target]  # add_.Tensor
+    for got, want in zip(traced(*tensors), call.run(*tensors), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)

@@ -102,9 +102,18 @@ def save_openvino(program: ExportedProgram, path: Path) -> None:
     _save(path, ".xml", lambda partial: save_model(model, partial, compress_to_fp16=False))
 
 
-def _save(path: Path, suffix: str, write: Callable[[Path], None]) -> None:
+def check_suffix(path: Path, suffix: str) -> None:
+    """See that a file's name ends as its format wants.
+
+    Raises:
+        InputError: It does not.
+    """
     if path.suffix != suffix:
         raise InputError(f"the name of this format ends in {suffix}, got {path.name}")
+
+
+def _save(path: Path, suffix: str, write: Callable[[Path], None]) -> None:
+    check_suffix(path, suffix)
     try:
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             write(Path(folder) / path.name)

@@ -103,7 +103,9 @@ def in_place(unet: TiUEUNet) -> None:
 def optimiser_step(unet: TiUEUNet) -> None:
     optimiser = torch.optim.SGD(unet.parameters(), lr=1e-2)
     given = make_inputs()
-    unet.predict_noise(given["latents"], SCHEDULE.timesteps, given["prompt_embeds"]).sum().backward()
+    unet.predict_noise(
+        given["latents"], SCHEDULE.timesteps, given["prompt_embeds"]
+    ).sum().backward()
     optimiser.step()
 
 

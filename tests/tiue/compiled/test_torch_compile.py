@@ -14,6 +14,14 @@ from tests.tiue.unets import make_conditioning, make_inputs, make_unet
 from tiue import OnePassSchedule, TiUEUNet
 
 SCHEDULE = OnePassSchedule.from_scheduler(tiny_scheduler(), 4)
+# Tracing with symbolic sizes takes a minute for two levels.
+ONE_LEVEL: dict[str, Any] = {
+    "block_out_channels": (16,),
+    "down_block_types": ("CrossAttnDownBlock2D",),
+    "up_block_types": ("CrossAttnUpBlock2D",),
+    "transformer_layers_per_block": 1,
+    "attention_head_dim": 2,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +42,7 @@ def assert_close(got: torch.Tensor, want: torch.Tensor) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["sd1", "sd2", "sdxl"])
 def test_the_one_pass_is_one_graph_for_every_size(name: str) -> None:
-    unet = TiUEUNet.from_unet(make_unet(name))
+    unet = TiUEUNet.from_unet(make_unet(name, **ONE_LEVEL))
     compiled = torch.compile(unet.one_pass, fullgraph=True, backend="aot_eager", dynamic=True)
     # Not square, or torch takes height and width for one number. On a CPU its own convolutions ask
     # whether K*B is under 16, and it compiles once for each answer.
@@ -48,7 +56,7 @@ def test_the_one_pass_is_one_graph_for_every_size(name: str) -> None:
 
 @torch.no_grad()
 def test_predict_noise_is_one_graph_for_every_size() -> None:
-    unet = TiUEUNet.from_unet(make_unet("sd1"))
+    unet = TiUEUNet.from_unet(make_unet("sd1", **ONE_LEVEL))
     compiled = torch.compile(unet.predict_noise, fullgraph=True, backend="aot_eager", dynamic=True)
     for size, batch in (((8, 12), 2), ((16, 4), 3)):
         latents, text, _ = arguments("sd1", size, batch)
@@ -70,9 +78,7 @@ def test_layers_that_are_called_whole_break_no_graph(change: str) -> None:
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 def test_inductor_gives_the_same_latents() -> None:
-    small = {"down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("UpBlock2D",)}
-    unet = make_unet("sd1", block_out_channels=(16,), **small)
-    unet = TiUEUNet.from_unet(unet)
+    unet = TiUEUNet.from_unet(make_unet("sd1", **ONE_LEVEL))
     latents, text, _ = arguments("sd1", (4, 8), 1)
     compiled = unet.compile_one_pass("inductor")
     assert_close(compiled(latents, SCHEDULE, text), unet.one_pass(latents, SCHEDULE, text))
