@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.tiue.test_adapters import CHANGES
 from tests.tiue.tiny import tiny_scheduler
 from tests.tiue.unets import make_conditioning, make_inputs, make_unet
+from tests.tolerances import GOLDEN_RELATIVE, relative_error
 from tiue import OnePassSchedule, TiUEUNet
 
 SCHEDULE = OnePassSchedule.from_scheduler(tiny_scheduler(), 4)
@@ -81,7 +82,9 @@ def test_inductor_gives_the_same_latents() -> None:
     unet = TiUEUNet.from_unet(make_unet("sd1", **ONE_LEVEL))
     latents, text, _ = arguments("sd1", (4, 8), 1)
     compiled = unet.compile_one_pass("inductor")
-    assert_close(compiled(latents, SCHEDULE, text), unet.one_pass(latents, SCHEDULE, text))
+    got, want = compiled(latents, SCHEDULE, text), unet.one_pass(latents, SCHEDULE, text)
+    # The sines of the time embedding are float32 in diffusers, and inductor has its own.
+    assert relative_error(got, want) <= GOLDEN_RELATIVE[torch.float32]
 
 
 class NoReads(TorchDispatchMode):
