@@ -34,14 +34,14 @@ $(BIN)/python -m pytest benchmarks/bench_$(1).py --timeout=0 --benchmark-json=ou
 mv out/bench_$(2).json "$$results/bench_$(2).json"
 endef
 
-bench: $(VENV)/.installed-bench
+bench: $(VENV)/.installed-test
 	@set -e; $(foreach name,$(BENCHES),$(call run_bench,$(name),$(name));)
 	$(BIN)/python -m benchmarks.report
 
 # A quarter of an hour: the curves of time against K and batch, at a size that a CPU can sweep.
 SWEEP := --bench-latents 32 --bench-rounds 3 --bench-memory --bench-forms published full-steps tiue
 
-sweep: $(VENV)/.installed-bench
+sweep: $(VENV)/.installed-test
 	@set -e; $(call run_bench,one_pass,one_pass_steps,$(SWEEP) --bench-steps 1 2 4 8); \
 	$(call run_bench,one_pass,one_pass_batch,$(SWEEP) --bench-batch 1 4)
 	$(BIN)/python -m benchmarks.report

@@ -7,7 +7,6 @@ is called whole, over repeated shared tensors: right, only slower, and said once
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -43,15 +42,22 @@ class SharedContext:
     encoder_attention_mask: torch.Tensor | None
     cross_attention_kwargs: dict[str, Any] | None
     recompute_feed_forward: bool = False
+    _repeated: dict[str, Any] | None = None
 
     def tell_once(self, module: nn.Module) -> None:
         """Says that a module is called whole, where that repeats something."""
         if self.timesteps > 1:
             tell_once(module)
 
-    @cached_property
+    @property
     def repeated(self) -> dict[str, Any]:
         """Arguments of an attention layer that is called whole, with K*B rows."""
+        # No cached_property: before Python 3.12 it takes a lock, which torch.compile cannot trace.
+        if self._repeated is None:
+            self._repeated = self._repeat()
+        return self._repeated
+
+    def _repeat(self) -> dict[str, Any]:
         kwargs = self.cross_attention_kwargs
         if kwargs is not None and "gligen" in kwargs:
             kwargs = {**kwargs, "gligen": repeat_rows(kwargs["gligen"], self.timesteps)}

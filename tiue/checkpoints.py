@@ -7,7 +7,7 @@ from typing import Any
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from tiue.errors import CheckpointError
+from tiue.errors import ArchitectureError, CheckpointError
 
 PICKLES = {".bin", ".ckpt", ".pt", ".pth"}
 UNET_CLASSES = {"UNet2DConditionModel", "TiUEUNet"}
@@ -86,4 +86,25 @@ def check_unet_config(name: str | os.PathLike[str], config: dict[str, Any]) -> N
         raise CheckpointError(
             f"{name} holds a {kind or 'model of no named class'}; TiUEUNet loads the"
             " UNet2DConditionModel of a Stable Diffusion model"
+        )
+
+
+def check_architecture(unet: Any) -> None:
+    """See that the one pass can be formed of a UNet.
+
+    Args:
+        unet: a `UNet2DConditionModel`.
+
+    Raises:
+        ArchitectureError: it has no cross-attention, or reads an image hint.
+    """
+    blocks = (*unet.down_blocks, unet.mid_block, *unet.up_blocks)
+    if not any(getattr(block, "has_cross_attention", False) for block in blocks):
+        raise ArchitectureError(
+            "this UNet has no cross-attention, so no prompt can reach it: the one pass is for "
+            "Stable Diffusion UNets (CrossAttnDownBlock2D, CrossAttnUpBlock2D)"
+        )
+    if unet.config.addition_embed_type == "image_hint":
+        raise ArchitectureError(
+            "addition_embed_type='image_hint' (Kandinsky's ControlNet) is not supported"
         )

@@ -1,4 +1,4 @@
-"""The command line: `tiue generate`, `tiue distill`, `tiue info`."""
+"""The command line: `tiue generate`, `tiue distill`, `tiue export`, `tiue info`."""
 
 from __future__ import annotations
 
@@ -170,6 +170,62 @@ def generate(
 
 
 app.command("distill")(distill_command)
+
+
+class ExportFormat(str, Enum):
+    """What `tiue export` writes."""
+
+    torch = "torch"
+    openvino = "openvino"
+
+
+@app.command()
+def export(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            help="Folder or Hugging Face id of a Stable Diffusion 1.x or 2.x model. By default the"
+            " small OpenMoji model in this package."
+        ),
+    ] = None,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="File to write: .pt2, or .xml for OpenVINO.")
+    ] = Path("tiue.pt2"),
+    format: Annotated[
+        ExportFormat,
+        typer.Option(
+            help="torch: a torch.export program, which needs torch alone. openvino: an OpenVINO"
+            " model, .xml and .bin."
+        ),
+    ] = ExportFormat.torch,
+    batch: Annotated[int, typer.Option(min=1, help="Pictures a call.")] = 1,
+    height: Annotated[
+        int | None, typer.Option(min=1, help="Pixels; by default the model's own size.")
+    ] = None,
+    width: Annotated[
+        int | None, typer.Option(min=1, help="Pixels; by default the model's own size.")
+    ] = None,
+    num_decoder_steps: Annotated[
+        int, typer.Option("--num-decoder-steps", "-k", min=1, help="As in `tiue generate`.")
+    ] = 4,
+) -> None:
+    """Write the one pass and the VAE as a program: noise and prompt embeddings in, pictures out."""
+    _check_writable(output.parent)
+
+    import torch
+
+    from tiue.pipelines import program
+
+    program.check_suffix(output, ".pt2" if format is ExportFormat.torch else ".xml")
+    pipe = _load(model, torch.float32)
+    exported = program.export_pipeline(pipe, batch, height, width, num_decoder_steps)
+    if format is ExportFormat.openvino:
+        program.save_openvino(exported, output)
+    else:
+        program.save_torch(exported, output)
+    for name, shape in program.inputs_of(exported).items():
+        typer.echo(f"input  {name:14} {shape}")
+    typer.echo(output)
 
 
 @app.command()

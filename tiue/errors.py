@@ -27,3 +27,7 @@ class NonFiniteError(TiUEError, FloatingPointError):
 
 class OutputError(TiUEError, OSError):
     """A place that results were to be written to cannot be written."""
+
+
+class DependencyError(TiUEError, ImportError):
+    """An optional package that a call needs is not installed; the message says which to install."""

@@ -125,6 +125,49 @@ class OnePassSchedule:
         """K."""
         return len(self.timesteps)
 
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """Everything that a pass takes from the schedule, as numbers: equal keys, equal passes."""
+        return (
+            tuple(self.timesteps.tolist()),
+            self.encoder_timestep.item(),
+            self.latent_coefficient,
+            tuple(self.noise_coefficients.tolist()),
+            self.init_noise_sigma,
+            self.model_input_scale,
+        )
+
+    def on(self, device: torch.device) -> "OnePassSchedule":
+        """The schedule with its tensors on a device, copied at the first call only.
+
+        A copy to a GPU waits for everything that the GPU was given before.
+
+        Args:
+            device: that of the latents.
+
+        Returns:
+            The schedule; itself where its tensors are there already.
+        """
+        if self.timesteps.device == device:
+            return self
+        # A version counts what was written to a tensor in place: no copy outlives its original.
+        tensors = (self.timesteps, self.noise_coefficients, self.encoder_timestep)
+        key = (device, *(tensor._version for tensor in tensors))
+        copies: dict[tuple[Any, ...], OnePassSchedule] = vars(self).setdefault("_copies", {})
+        if key not in copies:
+            copies.clear()
+            copies[key] = self.copied(device)
+        return copies[key]
+
+    def copied(self, device: torch.device) -> "OnePassSchedule":
+        """The schedule with tensors of its own on a device."""
+        return replace(
+            self,
+            timesteps=self.timesteps.to(device, copy=True),
+            noise_coefficients=self.noise_coefficients.to(device, copy=True),
+            encoder_timestep=self.encoder_timestep.to(device, copy=True),
+        )
+
     def scale_model_input(self, latents: torch.Tensor) -> torch.Tensor:
         """The model's input at the first timestep (Euler divides by sqrt(sigma^2 + 1)).
 

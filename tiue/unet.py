@@ -3,7 +3,7 @@
 import json
 import os
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -15,7 +15,8 @@ from diffusers.utils.peft_utils import apply_lora_scale
 from torch import nn
 
 from tiue.blocks import SharedContext
-from tiue.checkpoints import check_unet_config, check_unet_folder
+from tiue.checkpoints import check_architecture, check_unet_config, check_unet_folder
+from tiue.compiled import compile_call
 from tiue.decoder import decode_up_block
 from tiue.encoder import encode_down_block, encode_mid_block
 from tiue.errors import ArchitectureError, CheckpointError, InputError
@@ -101,7 +102,7 @@ class TiUEUNet(UNet2DConditionModel):
             raise
         except (OSError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"no UNet could be loaded from {name}: {error}") from error
-        _check_architecture(unet)
+        check_architecture(unet)
         return unet
 
     @classmethod
@@ -121,7 +122,7 @@ class TiUEUNet(UNet2DConditionModel):
             raise ArchitectureError(
                 f"TiUEUNet is made of a diffusers UNet2DConditionModel, not {type(unet).__name__}"
             )
-        _check_architecture(unet)
+        check_architecture(unet)
         student = cls.__new__(cls)
         # The registries are copied so that a module set on one is not set on the other.
         for name, value in vars(unet).items():
@@ -264,7 +265,11 @@ class TiUEUNet(UNet2DConditionModel):
             norm.bias,
             norm.eps,
         )
-        bias = conv.bias * schedule.noise_coefficients.sum().item()
+        # A product of tensors, at least float32: a number would be read from the device, which the
+        # host would wait for.
+        dtype = torch.promote_types(conv.bias.dtype, torch.float32)
+        total = schedule.noise_coefficients.to(hidden.device, dtype).sum()
+        bias = (conv.bias * total).to(conv.bias.dtype)
         noise = F.conv2d(hidden, conv.weight, bias, conv.stride, conv.padding)
         return (schedule.latent_coefficient * latents + noise).to(latents.dtype)
 
@@ -296,7 +301,6 @@ class TiUEUNet(UNet2DConditionModel):
         features = self.encode(latents, timesteps[0], prompt_embeds, **conditioning)
         return self.decode(features, timesteps)
 
-    @torch.no_grad()
     def one_pass(
         self,
         latents: torch.Tensor,
@@ -318,11 +322,29 @@ class TiUEUNet(UNet2DConditionModel):
         Raises:
             InputError: channels or rows that do not fit.
         """
+        if not torch.compiler.is_compiling():
+            schedule = schedule.on(latents.device)
         model_input = schedule.scale_model_input(latents)
-        features = self.encode(
-            model_input, schedule.encoder_timestep, prompt_embeds, **conditioning
-        )
-        return self.decode_combined(features, latents, schedule)
+        # Not a decorator: torch.compile would take its arguments for fixed in shape.
+        with torch.no_grad():
+            features = self.encode(
+                model_input, schedule.encoder_timestep, prompt_embeds, **conditioning
+            )
+            return self.decode_combined(features, latents, schedule)
+
+    def compile_one_pass(
+        self, backend: str | None = None, **options: Any
+    ) -> Callable[..., torch.Tensor]:
+        """Make a faster `one_pass`, with its arguments; weights may change under it at any time.
+
+        Args:
+            backend: as `tiue.compiled.compile_call`: on a GPU None records CUDA graphs.
+            **options: likewise.
+
+        Returns:
+            What to call in the place of `one_pass`.
+        """
+        return compile_call(self.one_pass, [self], backend, **options)
 
     @apply_lora_scale("cross_attention_kwargs")
     def _encode(
@@ -469,16 +491,3 @@ def _mask_to_bias(mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor
     if mask is None:
         return None
     return ((1 - mask.to(dtype)) * -10000.0).unsqueeze(1)
-
-
-def _check_architecture(unet: UNet2DConditionModel) -> None:
-    blocks = (*unet.down_blocks, unet.mid_block, *unet.up_blocks)
-    if not any(getattr(block, "has_cross_attention", False) for block in blocks):
-        raise ArchitectureError(
-            "this UNet has no cross-attention, so no prompt can reach it: the one pass is for "
-            "Stable Diffusion UNets (CrossAttnDownBlock2D, CrossAttnUpBlock2D)"
-        )
-    if unet.config.addition_embed_type == "image_hint":
-        raise ArchitectureError(
-            "addition_embed_type='image_hint' (Kandinsky's ControlNet) is not supported"
-        )

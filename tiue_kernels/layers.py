@@ -88,7 +88,9 @@ def repeat_rows(value: Any, timesteps: int) -> Any:
 
 
 def tell_once(module: nn.Module) -> None:
-    """Says in the log, once a class, that a module is not taken apart."""
+    """Says in the log, once a class, that a module is not taken apart; silent in torch.compile."""
+    if torch.compiler.is_compiling():  # a call of the log would break the graph in two
+        return
     name = type(module).__name__
     if name not in _told:
         _told.add(name)

@@ -191,3 +191,41 @@ def test_help_comes_without_loading_torch(command, words):
     )
     assert all(word in result.stdout for word in words)
     assert "torch loaded" not in result.stdout
+
+
+def exported_inputs(pipe) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
+    """Noise, text, and the pictures that the pipeline makes of them."""
+    noise = torch.randn(2, 4, 8, 12, generator=torch.Generator().manual_seed(1))
+    text = pipe.encode_prompt(["red apple", "rocket"], torch.device("cpu"), 1, False)[0].detach()
+    want = pipe(prompt_embeds=text, latents=noise, num_decoder_steps=3, output_type="np").images
+    return noise, text, want
+
+
+@pytest.mark.parametrize("kind", ["torch", "openvino"])
+def test_export_writes_a_program_that_draws_the_same(model, tmp_path, kind):
+    path = tmp_path / ("tiue.pt2" if kind == "torch" else "tiue.xml")
+    sizes = ["--batch", 2, "--height", 32, "--width", 48, "-k", 3]
+    if kind == "openvino":
+        openvino = pytest.importorskip("openvino")
+    result = run("export", model, "--output", path, "--format", kind, *sizes)
+    assert result.exit_code == 0, result.output
+    assert "[2, 4, 8, 12]" in result.output
+    noise, text, want = exported_inputs(TiUEPipeline.from_pretrained(model))
+    if kind == "torch":
+        got = torch.export.load(path).module()(noise, text).detach().numpy()
+    else:
+        settings = {"INFERENCE_PRECISION_HINT": "f32"}
+        program = openvino.Core().compile_model(path, "CPU", settings)
+        got = program([noise.numpy(), text.numpy()])[0]
+    np.testing.assert_allclose(got.transpose(0, 2, 3, 1), want, rtol=0, atol=2e-5)
+    assert names(tmp_path) == (["tiue.pt2"] if kind == "torch" else ["tiue.bin", "tiue.xml"])
+
+
+def test_export_says_what_is_wrong(model, tmp_path):
+    result = run("export", model, "--output", tmp_path / "a.pt2", "--height", 30)
+    assert result.exit_code == 2
+    assert "height must be a positive multiple of 4" in result.output
+    result = run("export", model, "--output", tmp_path / "a.onnx")
+    assert result.exit_code == 2
+    assert ".pt2" in result.output
+    assert names(tmp_path) == []

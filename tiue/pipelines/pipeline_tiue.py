@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import os
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +35,8 @@ from transformers import (
 from tiue.checkpoints import pickle_message
 from tiue.errors import CheckpointError, InputError, NonFiniteError, SchedulerError, TiUEError
 from tiue.pipelines import checkpoint, inputs
+from tiue.pipelines.drawing import CompiledDrawing, draw
+from tiue.pipelines.stages import Stages
 from tiue.schedule import OnePassSchedule
 from tiue.unet import TiUEUNet
 
@@ -60,7 +60,7 @@ class TiUEPipelineOutput(BaseOutput):
     nsfw_content_detected: list[bool] | None = None
 
 
-class TiUEPipeline(StableDiffusionPipeline):
+class TiUEPipeline(Stages, StableDiffusionPipeline):
     """Stable Diffusion 1.x and 2.x with the UNet's loop replaced by one pass.
 
     Li et al., CVPR 2025, arXiv 2505.21960. The weights may be any Stable Diffusion's; those that
@@ -111,7 +111,7 @@ class TiUEPipeline(StableDiffusionPipeline):
             requires_safety_checker,
         )
         self._schedules: dict[str, OnePassSchedule] = {}
-        self._timings: dict[str, float] | None = None
+        self._drawing: CompiledDrawing | None = None
 
     @classmethod
     def from_pretrained(
@@ -230,38 +230,25 @@ class TiUEPipeline(StableDiffusionPipeline):
         index.pop("_name_or_path", None)
         return json.dumps(index, indent=2, sort_keys=True) + "\n"
 
-    @contextmanager
-    def record_timings(self) -> Iterator[dict[str, float]]:
-        """Time the stages of the calls inside a `with` block.
+    def compile(self, backend: str | None = None, **options: Any) -> TiUEPipeline:
+        """Run UNet and VAE as one compiled call from now on, with the same pictures.
 
-        Only there does the pipeline wait for the device at the end of each stage.
+        Weights, adapters, sizes and batches may change at any time. `record_timings` then counts
+        encoder, decoder and VAE as one stage, "one pass".
 
-        Yields:
-            Seconds of "text encoder", "encoder", "decoder" and "VAE", filled by the calls and
-            summed over them.
+        Args:
+            backend: as `tiue.compiled.compile_call`: on a GPU None records CUDA graphs, on a CPU it
+                changes nothing; "openvino" and "inductor" compile for a CPU.
+            **options: likewise.
+
+        Returns:
+            The pipeline.
+
+        Raises:
+            DependencyError: OpenVINO is not installed.
         """
-        self._timings = {}
-        try:
-            yield self._timings
-        finally:
-            self._timings = None
-
-    @contextmanager
-    def _stage(self, name: str, progress: Any) -> Iterator[None]:
-        timings = self._timings
-        if timings is not None:
-            self._wait_for_device()
-        start = time.perf_counter()
-        yield
-        if timings is not None:
-            self._wait_for_device()
-            timings[name] = timings.get(name, 0.0) + time.perf_counter() - start
-        progress.update()
-
-    def _wait_for_device(self) -> None:
-        device = self._execution_device
-        if device.type != "cpu":
-            torch.accelerator.synchronize(device)
+        self._drawing = CompiledDrawing(backend, options)
+        return self
 
     @torch.no_grad()
     def __call__(
@@ -357,7 +344,8 @@ class TiUEPipeline(StableDiffusionPipeline):
             latents = inputs.draw_noise(shape, generator, self._execution_device, self.unet.dtype)
         latents = latents.to(self._execution_device, self.unet.dtype) * schedule.init_noise_sigma
 
-        with self.progress_bar(total=3 if output_type == "latent" else 4) as progress:
+        stages = 2 if self._drawing else 3 if output_type == "latent" else 4
+        with self.progress_bar(total=stages) as progress:
             with self._stage("text encoder", progress):
                 text = self._encode_text(
                     prompts,
@@ -370,25 +358,15 @@ class TiUEPipeline(StableDiffusionPipeline):
                     shape[0], ip_adapter_image, ip_adapter_image_embeds
                 )
             noise = torch.cat([latents] * 2) if self.do_classifier_free_guidance else latents
-            with self._stage("encoder", progress):
-                features = self.unet.encode(
-                    schedule.scale_model_input(noise),
-                    schedule.encoder_timestep,
-                    text,
-                    **conditioning,
-                )
-            with self._stage("decoder", progress):
-                latents = self.unet.decode_combined(features, noise, schedule)
-            if self.do_classifier_free_guidance:
-                # Combining is linear and S z is the same on both sides, so guiding the combined
-                # latents equals guiding each of the K model outputs.
-                negative, positive = latents.chunk(2)
-                latents = negative + guidance_scale * (positive - negative)
-            images, has_nsfw = latents, None
-            if output_type != "latent":
-                with self._stage("VAE", progress):
-                    scaled = latents.to(self.vae.dtype) / self.vae.config.scaling_factor
-                    images = self.vae.decode(scaled, return_dict=False)[0]
+            guidance = guidance_scale if self.do_classifier_free_guidance else None
+            arguments = (noise, text, schedule, guidance, output_type != "latent", conditioning)
+            if self._drawing is None:
+                stage = functools.partial(self._stage, progress=progress)
+                images = draw(self.unet, self.vae, *arguments, stage=stage)
+            else:
+                with self._stage("one pass", progress):
+                    images = self._drawing(self.unet, self.vae, *arguments)
+            has_nsfw = None
         if output_type in ("pil", "np") and not torch.isfinite(images).all():
             raise NonFiniteError(
                 f"the images hold NaN or infinity (UNet in {self.unet.dtype}, VAE in"

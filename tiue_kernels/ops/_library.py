@@ -13,6 +13,9 @@ from tiue_kernels.layout import memory_format
 
 LIBRARY = torch.library.Library("tiue", "DEF")
 
+# Operators that are made of others, and how: no backend has a kernel for them.
+COMPOSED: dict[Any, Callable[..., Any]] = {}
+
 
 def define(name: str, schema: str, fake: Callable[..., Any], run: Any = None) -> Any:
     """Defines `tiue::<name>`.
@@ -29,7 +32,10 @@ def define(name: str, schema: str, fake: Callable[..., Any], run: Any = None) ->
     LIBRARY.define(name + schema)
     LIBRARY.impl(name, partial(_outside_of_autocast, run or partial(dispatch.call, name)), _ANY)
     torch.library.register_fake(f"tiue::{name}", fake, lib=LIBRARY)
-    return getattr(torch.ops.tiue, name).default
+    operator = getattr(torch.ops.tiue, name).default
+    if run is not None:
+        COMPOSED[operator] = run
+    return operator
 
 
 # Every device, below autograd.

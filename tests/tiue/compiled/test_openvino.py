@@ -1,0 +1,101 @@
+"""OpenVINO against eager: the same latents, and none that are stale."""
+
+import logging
+import sys
+
+import pytest
+import torch
+
+from tests.golden import load_golden, requires_golden
+from tests.tiue.tiny import tiny_scheduler
+from tests.tiue.unets import TEXT, make_unet
+from tests.tolerances import GOLDEN_RELATIVE, relative_error
+from tiue import OnePassSchedule, TiUEUNet
+from tiue.errors import DependencyError, InputError
+
+SCHEDULE = OnePassSchedule.from_scheduler(tiny_scheduler(), 2)
+BOUND = GOLDEN_RELATIVE[torch.float32]
+SMALL = {
+    "block_out_channels": (16,),
+    "down_block_types": ("CrossAttnDownBlock2D",),
+    "up_block_types": ("CrossAttnUpBlock2D",),
+}
+
+
+def inputs(batch: int = 2, size: tuple[int, int] = (4, 8)) -> tuple:
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(batch, 4, *size, generator=generator)
+    return latents, SCHEDULE, torch.randn(batch, 5, TEXT, generator=generator)
+
+
+def student() -> TiUEUNet:
+    return TiUEUNet.from_unet(make_unet("sd1", **SMALL)).float()
+
+
+def test_a_missing_openvino_is_one_clear_error(monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(DependencyError, match=r"pip install 'tiue\[openvino\]'"):
+        student().compile_one_pass("openvino")
+
+
+def test_weights_that_change_in_any_way_are_noticed() -> None:
+    pytest.importorskip("openvino")
+    unet = student()
+    compiled = unet.compile_one_pass("openvino")
+
+    def check() -> None:
+        error = relative_error(compiled(*inputs()), unet.one_pass(*inputs()))
+        assert error <= BOUND
+
+    check()
+    (model,) = compiled._models.values()
+    check()
+    assert [model] == list(compiled._models.values())
+    unet.conv_in.weight.data.neg_()  # counted by no version, and the bits' exclusive or is the same
+    unet.conv_in.weight.data[0, 0, 0, 0] += 1
+    check()
+    with torch.no_grad():
+        unet.conv_out.bias += 1
+    check()
+
+
+def test_one_dynamic_model_serves_batches_and_sizes() -> None:
+    pytest.importorskip("openvino")
+    unet = student()
+    compiled = unet.compile_one_pass("openvino", dynamic=True)
+    for batch, size in ((2, (4, 8)), (3, (6, 4))):
+        given = inputs(batch, size)
+        assert relative_error(compiled(*given), unet.one_pass(*given)) <= BOUND
+    assert len(compiled) == 1
+
+
+def test_half_precision_is_refused() -> None:
+    pytest.importorskip("openvino")
+    compiled = student().compile_one_pass("openvino")
+    latents, schedule, text = inputs()
+    with pytest.raises(InputError, match="float32"):
+        compiled(latents.half(), schedule, text.half())
+    with pytest.raises(InputError, match="latents must be"):
+        compiled(latents[:, :3], schedule, text)
+    assert compiled(latents[:0], schedule, text[:0]).shape == (0, 4, 4, 8)
+
+
+def test_what_cannot_be_converted_runs_eagerly(caplog) -> None:
+    pytest.importorskip("openvino")
+    unet = student()
+    # Python decides by a value: no program can.
+    unet.conv_in.register_forward_hook(lambda _m, _a, out: out * 2 if out.sum() > 0 else out)
+    compiled = unet.compile_one_pass("openvino")
+    with caplog.at_level(logging.WARNING, "tiue"):
+        for _ in range(2):
+            assert torch.equal(compiled(*inputs()), unet.one_pass(*inputs()))
+    assert len([record for record in caplog.records if "OpenVINO" in record.message]) == 1
+
+
+@requires_golden
+def test_openvino_gives_the_published_numbers() -> None:
+    pytest.importorskip("openvino")
+    case = load_golden("sd1-like", torch.float32)
+    compiled = case.unet.compile_one_pass("openvino")
+    got = compiled(case.latents, case.schedule, case.prompt_embeds)
+    assert relative_error(got, case.expected["pred_original_serial"]) <= BOUND
