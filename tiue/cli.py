@@ -1,4 +1,4 @@
-"""The command line: `tiue generate`, `tiue distill`, `tiue export`, `tiue info`."""
+"""The command line: `tiue generate | distill | embed-text | export | info`."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from tiue.distill.command import distill_command
-from tiue.errors import InputError, NonFiniteError, OutputError, TiUEError
+from tiue.distill.command import distill_command, embed_text_command
+from tiue.errors import DivergenceError, InputError, NonFiniteError, OutputError, TiUEError
 
 # torch, diffusers and transformers take seconds to import: the commands import them, so that
 # --help and usage errors come at once.
@@ -36,7 +36,8 @@ class OneLineErrors(TyperGroup):
         except TiUEError as error:
             typer.echo(f"error: {' '.join(str(error).split())}", err=True)
             # Everything but a computation that went wrong is for the caller to put right.
-            raise typer.Exit(1 if isinstance(error, NonFiniteError) else 2) from error
+            went_wrong = isinstance(error, NonFiniteError | DivergenceError)
+            raise typer.Exit(1 if went_wrong else 2) from error
 
 
 app = typer.Typer(
@@ -170,6 +171,7 @@ def generate(
 
 
 app.command("distill")(distill_command)
+app.command("embed-text")(embed_text_command)
 
 
 class ExportFormat(str, Enum):
@@ -177,6 +179,7 @@ class ExportFormat(str, Enum):
 
     torch = "torch"
     openvino = "openvino"
+    pipeline = "pipeline"
 
 
 @app.command()
@@ -185,17 +188,21 @@ def export(
         str | None,
         typer.Argument(
             help="Folder or Hugging Face id of a Stable Diffusion 1.x or 2.x model. By default the"
-            " small OpenMoji model in this package."
+            " small OpenMoji model in this package. For --format pipeline the output folder of"
+            " `tiue distill`, or one of its checkpoints."
         ),
     ] = None,
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="File to write: .pt2, or .xml for OpenVINO.")
+        Path,
+        typer.Option(
+            "--output", "-o", help="What to write: a .pt2 file, .xml for OpenVINO, or a folder."
+        ),
     ] = Path("tiue.pt2"),
     format: Annotated[
         ExportFormat,
         typer.Option(
             help="torch: a torch.export program, which needs torch alone. openvino: an OpenVINO"
-            " model, .xml and .bin."
+            " model, .xml and .bin. pipeline: a complete pipeline folder of a distilled student."
         ),
     ] = ExportFormat.torch,
     batch: Annotated[int, typer.Option(min=1, help="Pictures a call.")] = 1,
@@ -208,9 +215,23 @@ def export(
     num_decoder_steps: Annotated[
         int, typer.Option("--num-decoder-steps", "-k", min=1, help="As in `tiue generate`.")
     ] = 4,
+    teacher: Annotated[
+        str | None,
+        typer.Option(help="For --format pipeline, where the run's own teacher is elsewhere now."),
+    ] = None,
 ) -> None:
-    """Write the one pass and the VAE as a program: noise and prompt embeddings in, pictures out."""
+    """Write the one pass and the VAE as a program, or a distilled student as a whole pipeline.
+
+    A program takes noise and prompt embeddings and gives pictures.
+    """
     _check_writable(output.parent)
+    if format is ExportFormat.pipeline:
+        from tiue.distill.export import export_student
+
+        if model is None:
+            raise InputError("name the output folder of `tiue distill`, or one of its checkpoints")
+        typer.echo(export_student(Path(model), output, teacher))
+        return
 
     import torch
 

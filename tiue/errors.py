@@ -25,6 +25,10 @@ class NonFiniteError(TiUEError, FloatingPointError):
     """A NaN or infinity where a finite result was due."""
 
 
+class DivergenceError(TiUEError, ArithmeticError):
+    """Training figures that grew far beyond what they were; the last good checkpoint is kept."""
+
+
 class OutputError(TiUEError, OSError):
     """A place that results were to be written to cannot be written."""
 

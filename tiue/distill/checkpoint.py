@@ -1,105 +1,276 @@
-"""What a run leaves on disk: folders that diffusers loads, each written whole or not at all."""
+"""What a run leaves to go on from: folders that appear once they are complete and on disk.
 
-import json
+`checkpoints/step-<n>/` holds `unet/`, `unet_ema/` and `scheduler/` (diffusers), `lora/` (PEFT),
+`config.yaml`, and what accelerate's `save_state` writes: both optimisers, both rate schedules, the
+random state of every process, and `RunState`.
+"""
+
 import pickle
 import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from diffusers import SchedulerMixin, UNet2DConditionModel
+from diffusers.training_utils import EMAModel
+from huggingface_hub import save_torch_state_dict
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
-from tiue.errors import CheckpointError, OutputError
+from tiue.distill.config import DistillConfig
+from tiue.distill.files import WRITE_ERRORS, cannot_write, sync_folder, sync_tree
+from tiue.distill.settings import differing_fields, load_config, write_config
+from tiue.distill.step import Trained
+from tiue.errors import CheckpointError, OutputError, TiUEError
 
+CONFIG = "config.yaml"
 _NAME = "step-{:08d}"
 _LORA_FILE = "adapter_model.safetensors"
 _LORA_PREFIX = "base_model.model."  # where `PeftModel` keeps the model that it wraps
-_STATE_FILE = "state.pt"
+_STUDENT_PREFIX = "unet."  # where `Student` keeps its UNet
 _UNREADABLE = (
     OSError, KeyError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError,
 )  # fmt: skip
 
 
-@contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
-    """Write a folder beside its place and rename it into place once it is complete.
+@dataclass
+class RunState:
+    """Where a run stands.
 
-    Args:
-        folder: The folder's place; one that is already there is replaced.
-
-    Yields:
-        The temporary folder to write into.
-
-    Raises:
-        OutputError: If it cannot be written; nothing is left behind then.
-    """
-    temporary = None
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        # A name that no reader takes for a finished folder, on the same file system.
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-        written = temporary / "written"
-        written.mkdir()
-        yield written
-        if folder.exists():
-            folder.rename(temporary / "replaced")
-        written.rename(folder)
-    except (OSError, RuntimeError, SafetensorError) as error:  # a full disk is each of the three
-        raise OutputError(
-            f"Cannot write '{folder}' ({error}). Choose a folder that can be written and has room."
-        ) from error
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
-
-
-def save_checkpoint(
-    checkpoints: Path,
-    step: int,
-    unet: UNet2DConditionModel,
-    ema_unet: UNet2DConditionModel | None,
-    lora_unet: UNet2DConditionModel,
-    scheduler: SchedulerMixin,
-    state: dict[str, Any],
-    keep: int,
-) -> Path:
-    """Write everything that a run needs to go on, and drop the oldest checkpoints.
-
-    Args:
-        checkpoints: Folder of all checkpoints.
+    Attributes:
         step: Student updates done.
-        unet: The student, to `unet/`.
-        ema_unet: Its moving average, to `unet_ema/`.
-        lora_unet: The teacher with its adapter; the adapter goes to `lora/`, for
-            `peft.PeftModel.from_pretrained(unet, folder)`.
-        scheduler: The student's scheduler, to `scheduler/`.
-        state: Optimisers and counters: tensors, numbers and containers of them.
-        keep: Checkpoints to keep, this one among them.
-
-    Returns:
-        The checkpoint's folder.
-
-    Raises:
-        OutputError: If it cannot be written.
+        samples_seen: Samples of all processes so far: the place in the order of prompts.
+        samples_per_step: Samples of an update, over all processes and micro-batches.
+        prompts_digest: Tells the prompts from others.
+        ema_steps: Updates of the moving average.
+        guard: Running means of what is watched.
     """
-    folder = checkpoints / _NAME.format(step)
-    with whole_folder(folder) as written:
-        unet.save_pretrained(written / "unet")
-        if ema_unet is not None:
-            ema_unet.save_pretrained(written / "unet_ema")
-        _save_lora(lora_unet, written / "lora")
-        scheduler.save_pretrained(written / "scheduler")
-        torch.save(state, written / _STATE_FILE)
-    for outdated in list_checkpoints(checkpoints)[:-keep]:
-        shutil.rmtree(outdated, ignore_errors=True)
-    return folder
+
+    samples_per_step: int
+    prompts_digest: str
+    step: int = 0
+    samples_seen: int = 0
+    ema_steps: int = 0
+    guard: dict[str, Any] = field(default_factory=dict)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All attributes by name."""
+        return asdict(self)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` gave.
+
+        Raises:
+            CheckpointError: If it is of other prompts or another batch.
+        """
+        if state["prompts_digest"] != self.prompts_digest:
+            raise CheckpointError(
+                "the prompts are not those that the run was started with; give the same file"
+            )
+        if state["samples_per_step"] != self.samples_per_step:
+            raise CheckpointError(
+                f"its updates had {state['samples_per_step']} samples, and now they have "
+                f"{self.samples_per_step}: batch_size x gradient_accumulation_steps x processes "
+                "must stay the same"
+            )
+        vars(self).update(state)
+
+
+class Checkpoints:
+    """Writes and reads the checkpoints of one run, on all processes together.
+
+    Args:
+        folder: Folder of all checkpoints; on several machines a shared one.
+        config: The run's settings.
+        accelerator: Has prepared student and LoRA teacher, in this order.
+        student: The student.
+        lora: The LoRA teacher; a UNet with the adapter.
+        ema: The student's moving average, if one is kept.
+        scheduler: The student's scheduler.
+        state: Where the run stands; read and written with each checkpoint.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        config: DistillConfig,
+        accelerator: Accelerator,
+        student: Trained,
+        lora: Trained,
+        ema: EMAModel | None,
+        scheduler: SchedulerMixin,
+        state: RunState,
+    ) -> None:
+        self.folder, self.config, self.accelerator = folder, config, accelerator
+        self.student, self.lora, self.ema = student, lora, ema
+        self.scheduler, self.state = scheduler, state
+        accelerator.register_for_checkpointing(state)
+        accelerator.register_save_state_pre_hook(self._write_models)
+        accelerator.register_load_state_pre_hook(self._read_models)
+
+    def save(self) -> Path:
+        """Write a checkpoint of the step that the state names, and drop the oldest ones.
+
+        Returns:
+            Its folder.
+
+        Raises:
+            OutputError: If it cannot be written; those before it stay.
+            CheckpointError: If a weight is not finite; nothing is written.
+        """
+        place = self.folder / _NAME.format(self.state.step)
+        partial = self.folder / f".{place.name}.partial"
+        self._require_finite_weights()
+        main, wait = self.accelerator.is_main_process, self.accelerator.wait_for_everyone
+        try:
+            if main:
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir(parents=True)
+            wait()
+            self.accelerator.save_state(str(partial))
+            wait()
+            if main:
+                self.scheduler.save_pretrained(partial / "scheduler")
+                write_config(self.config, partial / CONFIG)
+                sync_tree(partial)
+                if place.exists():  # the same step of this run, written before
+                    shutil.rmtree(place)
+                partial.rename(place)
+                sync_folder(self.folder)
+                for outdated in list_checkpoints(self.folder)[: -self.config.keep_checkpoints]:
+                    shutil.rmtree(outdated, ignore_errors=True)
+        except WRITE_ERRORS as error:
+            if main:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise cannot_write(place, error) from error
+        wait()
+        return place
+
+    def load(self, place: Path) -> None:
+        """Read a checkpoint back into everything that is prepared.
+
+        Args:
+            place: A folder that `save` returned.
+
+        Raises:
+            CheckpointError: If it is damaged, or of a run with other settings.
+        """
+        try:
+            saved = load_config(place / CONFIG)
+        except TiUEError as error:
+            raise _unreadable(place, error) from error
+        different = differing_fields(self.config, saved)
+        if different:
+            values = "; ".join(
+                f"{name} was {getattr(saved, name)!r} and is {getattr(self.config, name)!r}"
+                for name in different
+            )
+            raise CheckpointError(
+                f"'{place}' is of a run with other settings: {values}. Give the settings of "
+                f"'{place / CONFIG}', or start anew from its weights with --student {place}/unet."
+            )
+        try:
+            self.accelerator.load_state(str(place))
+        except _UNREADABLE as error:
+            raise _unreadable(place, error) from error
+
+    def averaged_state_dict(self) -> dict[str, Tensor]:
+        """The weights to use: the moving average's, or the student's where none is kept.
+
+        Every process must ask; sharded ones get the whole on the main process.
+        """
+        with averaged_weights(self.student, self.ema):
+            return self._student_state_dict()
+
+    def _student_state_dict(self) -> dict[str, Tensor]:
+        state = self.accelerator.get_state_dict(self.student.network)
+        return {name.removeprefix(_STUDENT_PREFIX): value for name, value in state.items()}
+
+    def _write_models(self, _models: list[Any], weights: list[Any], output: str) -> None:
+        weights.clear()  # else accelerate would write them a second time
+        folder, unwrap = Path(output), self.accelerator.unwrap_model
+        unet, lora_unet = unwrap(self.student.network).unet, unwrap(self.lora.network)
+        main = self.accelerator.is_main_process
+        student = self._student_state_dict()
+        if main:
+            write_unet(unet, student, folder / "unet")
+        if self.ema is not None:
+            average = self.averaged_state_dict()
+            if main:
+                write_unet(unet, average, folder / "unet_ema")
+        lora = get_peft_model_state_dict(
+            lora_unet, state_dict=self.accelerator.get_state_dict(self.lora.network)
+        )
+        if main:
+            lora_unet.peft_config["default"].save_pretrained(folder / "lora")
+            save_file(
+                {_LORA_PREFIX + name: weight.contiguous() for name, weight in lora.items()},
+                folder / "lora" / _LORA_FILE,
+                metadata={"format": "pt"},
+            )
+
+    def _read_models(self, models: list[Any], source: str) -> None:
+        folder, unwrap = Path(source), self.accelerator.unwrap_model
+        unet, lora_unet = unwrap(self.student.network).unet, unwrap(self.lora.network)
+        # Sharded models accelerate has read itself, and hands over none.
+        if models:
+            models.clear()
+            _set_weights(unet, _read_unet(folder / "unet"))
+            _read_lora(lora_unet, folder / "lora")
+        if self.ema is not None:
+            average = _read_unet(folder / "unet_ema")
+            self.ema.store(self.student.parameters)
+            _set_weights(unet, average)
+            self.ema.shadow_params = [p.detach().clone() for p in self.student.parameters]
+            self.ema.restore(self.student.parameters)
+
+    @torch.no_grad()
+    def _require_finite_weights(self) -> None:
+        for trained in (self.student, self.lora):
+            total = torch.stack([p.abs().max().float() for p in _local(trained.parameters)]).sum()
+            # On all processes together, or some would wait for one that has stopped.
+            if not self.accelerator.reduce(total, "sum").isfinite():
+                raise CheckpointError(
+                    f"After step {self.state.step} a weight is not finite, so no checkpoint is "
+                    "written of it. Go on from the last one with --resume and lower rates."
+                )
+
+
+@contextmanager
+def averaged_weights(trained: Trained, ema: EMAModel | None) -> Iterator[None]:
+    """Put the moving average in the place of the student's weights inside the context."""
+    if ema is None:
+        yield
+        return
+    ema.store(trained.parameters)
+    ema.copy_to(trained.parameters)
+    try:
+        yield
+    finally:
+        ema.restore(trained.parameters)
+
+
+def write_unet(unet: UNet2DConditionModel, state: dict[str, Tensor], folder: Path) -> None:
+    """Write a UNet's folder as `save_pretrained` does, of weights that may come from elsewhere.
+
+    Args:
+        unet: Gives the configuration.
+        state: The weights.
+        folder: The folder; made if missing.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    unet.save_config(folder)
+    pattern = "diffusion_pytorch_model{suffix}.safetensors"
+    save_torch_state_dict(state, folder, filename_pattern=pattern, max_shard_size="10GB")
 
 
 def list_checkpoints(checkpoints: Path) -> list[Path]:
@@ -109,83 +280,8 @@ def list_checkpoints(checkpoints: Path) -> list[Path]:
     return sorted(p for p in checkpoints.iterdir() if re.fullmatch(r"step-\d{8,}", p.name))
 
 
-def load_checkpoint(
-    folder: Path,
-    unet: UNet2DConditionModel,
-    ema_unet: UNet2DConditionModel | None,
-    lora_unet: UNet2DConditionModel,
-) -> dict[str, Any]:
-    """Read a checkpoint back into models that are already built.
-
-    Args:
-        folder: What `save_checkpoint` returned.
-        unet: The student.
-        ema_unet: Its moving average; where the checkpoint has none, it starts from the student.
-        lora_unet: The teacher with its adapter.
-
-    Returns:
-        The state that was saved.
-
-    Raises:
-        CheckpointError: If a file is missing, damaged or of another model.
-    """
-    try:
-        _load_unet(unet, folder / "unet")
-        if ema_unet is not None:
-            with_average = (folder / "unet_ema").is_dir()
-            _load_unet(ema_unet, folder / ("unet_ema" if with_average else "unet"))
-        _load_lora(lora_unet, folder / "lora")
-        # weights_only: nothing in this file can be run.
-        return torch.load(folder / _STATE_FILE, map_location="cpu", weights_only=True)
-    except _UNREADABLE as error:
-        raise CheckpointError(
-            f"Cannot resume from '{folder}' ({error}). Delete this folder to go on from an older "
-            "checkpoint, and give the settings that the run was started with."
-        ) from error
-
-
-def _load_unet(unet: UNet2DConditionModel, folder: Path) -> None:
-    saved = type(unet).from_pretrained(folder, use_safetensors=True, torch_dtype=unet.dtype)
-    unet.load_state_dict(saved.state_dict())
-
-
-def append_log(path: Path, figures: dict[str, float]) -> None:
-    """Append figures to a file as one line of JSON.
-
-    Args:
-        path: The file.
-        figures: Names and values.
-
-    Raises:
-        OutputError: If it cannot be written.
-    """
-    try:
-        with path.open("a", encoding="utf-8") as log:
-            log.write(json.dumps(figures) + "\n")
-    except OSError as error:
-        raise OutputError(f"Cannot write '{path}' ({error}).") from error
-
-
-def _save_lora(unet: UNet2DConditionModel, folder: Path) -> None:
-    unet.peft_config["default"].save_pretrained(folder)
-    weights = get_peft_model_state_dict(unet)
-    save_file(
-        {_LORA_PREFIX + name: weight.contiguous() for name, weight in weights.items()},
-        folder / _LORA_FILE,
-        metadata={"format": "pt"},
-    )
-
-
-def _load_lora(unet: UNet2DConditionModel, folder: Path) -> None:
-    saved = load_file(folder / _LORA_FILE)
-    weights = {name.removeprefix(_LORA_PREFIX): weight for name, weight in saved.items()}
-    if weights.keys() != get_peft_model_state_dict(unet).keys():
-        raise KeyError("the LoRA is of another model")
-    set_peft_model_state_dict(unet, weights)
-
-
 def prepare_output(output: Path, resume: bool) -> Path | None:
-    """Make the output folder and find the checkpoint to go on from.
+    """Make the output folder, clear what was left half written, find the checkpoint to go on from.
 
     Args:
         output: The run's output folder.
@@ -212,4 +308,37 @@ def prepare_output(output: Path, resume: bool) -> Path | None:
             f"'{output}' already holds a run ({found[-1].name}). Go on with --resume, or choose "
             "another folder."
         )
+    for partial in (output / "checkpoints").glob(".step-*.partial"):
+        shutil.rmtree(partial, ignore_errors=True)
     return found[-1] if found else None
+
+
+def _unreadable(place: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"Cannot resume from '{place}' ({error}). Delete this folder to go on from an older "
+        "checkpoint."
+    )
+
+
+def _read_unet(folder: Path) -> dict[str, Tensor]:
+    unet = UNet2DConditionModel.from_pretrained(folder, use_safetensors=True)
+    return unet.state_dict()
+
+
+def _set_weights(unet: UNet2DConditionModel, state: dict[str, Tensor]) -> None:
+    # Copies into the shards of a sharded model, and into the parameters of any other.
+    set_model_state_dict(unet, dict(state), options=StateDictOptions(full_state_dict=True))
+
+
+def _read_lora(unet: UNet2DConditionModel, folder: Path) -> None:
+    saved = load_file(folder / _LORA_FILE)
+    weights = {name.removeprefix(_LORA_PREFIX): weight for name, weight in saved.items()}
+    if weights.keys() != get_peft_model_state_dict(unet).keys():
+        raise KeyError("the LoRA is of another model")
+    set_peft_model_state_dict(unet, weights)
+
+
+def _local(parameters: list[Any]) -> list[Tensor]:
+    """What this process holds of parameters; a shard may be empty."""
+    shards = [p.to_local() if hasattr(p, "to_local") else p for p in parameters]
+    return [shard for shard in shards if shard.numel()]

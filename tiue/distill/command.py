@@ -2,41 +2,93 @@
 
 import dataclasses
 import inspect
+import types
 import typing
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from tiue.distill import distill
 from tiue.distill.config import DistillConfig
+from tiue.errors import DependencyError
 
 
 def _signature() -> inspect.Signature:
-    """Give every field of the config its option: name, type, default and help are the field's."""
-    parameters = []
+    """Give every field of the config its option: name, type and help are the field's."""
+    parameters = [
+        inspect.Parameter(
+            "config",
+            inspect.Parameter.KEYWORD_ONLY,
+            default=None,
+            annotation=Annotated[
+                str | None,
+                typer.Option(
+                    "--config",
+                    "-c",
+                    help="YAML file of settings, or a shipped recipe: sd15, sd21-base, "
+                    "one-gpu-24gb, openmoji. The options below take precedence.",
+                ),
+            ],
+        )
+    ]
     hints = typing.get_type_hints(DistillConfig, include_extras=True)
     for field in dataclasses.fields(DistillConfig):
         kind, help_text = typing.get_args(hints[field.name])
         required = field.default is dataclasses.MISSING
+        if typing.get_origin(kind) is tuple:
+            kind = list[str]
+        # None tells an option that was not given from one that says the default.
+        optional = kind if isinstance(kind, types.UnionType) else kind | None
+        default = "" if required or field.default in (None, ()) else f" [default: {field.default}]"
         parameters.append(
             inspect.Parameter(
                 field.name,
                 inspect.Parameter.KEYWORD_ONLY,
-                default=inspect.Parameter.empty if required else field.default,
-                annotation=Annotated[kind, typer.Option(help=help_text)],
+                default=None,
+                annotation=Annotated[optional, typer.Option(help=help_text + default)],
             )
         )
     return inspect.Signature(parameters)
 
 
-def distill_command(**settings: Any) -> None:
-    """Distil a Stable Diffusion model into a one-pass student, from a file of prompts.
+def distill_command(config: str | None = None, **options: Any) -> None:
+    """Distil a Stable Diffusion model into a one-pass student, from prompts alone.
 
-    The defaults are the published recipe. OUTPUT receives unet/ and scheduler/, which diffusers
-    loads, checkpoints/ to resume from, and log.jsonl.
+    The defaults are one process of the published recipe. OUTPUT receives unet/ and scheduler/,
+    which diffusers loads, checkpoints/ to resume from, config.yaml, log.jsonl and summary.json.
+    Ctrl-C and SIGTERM end the run after the step at hand, with a checkpoint.
     """
-    output = distill(DistillConfig(**settings))
-    typer.echo(f"The student is in {output}.")
+    from tiue.distill import distill
+    from tiue.distill.settings import load_config
+
+    given = {name: value for name, value in options.items() if value not in (None, [])}
+    try:
+        settings = load_config(config, **given)
+    except ModuleNotFoundError as error:
+        raise DependencyError(
+            f"Distillation needs {error.name}: pip install 'tiue[train]'."
+        ) from error
+    distill(settings, report=typer.echo)
 
 
 distill_command.__signature__ = _signature()  # type: ignore[attr-defined]
+
+
+def embed_text_command(
+    teacher: Annotated[str, typer.Option(help="Folder or hub id of the model to be distilled.")],
+    prompts: Annotated[str, typer.Option(help="As in `tiue distill`.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the embeddings.")],
+    prompt_column: Annotated[str | None, typer.Option(help="As in `tiue distill`.")] = None,
+    shard_size: Annotated[int, typer.Option(min=1, help="Prompts a file.")] = 8192,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts at once.")] = 64,
+    cpu: Annotated[bool, typer.Option(help="Use the CPU even where there is a GPU.")] = False,
+) -> None:
+    """Write the text embeddings of prompts once, in float16, for `tiue distill --embeddings`.
+
+    A run that was interrupted goes on where it was, with the same arguments.
+    """
+    from tiue.distill.embeddings import embed_text
+
+    embed_text(
+        teacher, prompts, output, prompt_column, shard_size, batch_size, cpu, report=typer.echo
+    )

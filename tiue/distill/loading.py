@@ -5,10 +5,18 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import AutoTokenizer, CLIPTextModel, PreTrainedModel, PreTrainedTokenizerBase
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderTiny,
+    DDIMScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from transformers import AutoTokenizer, CLIPModel, CLIPTextModel
 
 from tiue.checkpoints import looks_local
+from tiue.distill.clip import ClipScorer
+from tiue.distill.text import TextEncoder
 from tiue.errors import CheckpointError, InputError, TiUEError
 from tiue.unet import TiUEUNet
 
@@ -31,6 +39,15 @@ def _reading(part: str, source: str) -> Iterator[None]:
         ) from error
 
 
+def resolve_teacher(source: str) -> str:
+    """Put the folder in the place of the name `openmoji`, the model in this package."""
+    if source == "openmoji":
+        from tiue.openmoji import WEIGHTS
+
+        return str(WEIGHTS / "teacher")
+    return source
+
+
 def load_unet(source: str, dtype: torch.dtype = torch.float32) -> TiUEUNet:
     """Load a UNet, teacher's or student's.
 
@@ -45,30 +62,81 @@ def load_unet(source: str, dtype: torch.dtype = torch.float32) -> TiUEUNet:
         ArchitectureError: If it has no cross-attention.
         CheckpointError: If it is missing, incomplete, a pickle or of another architecture.
     """
+    source = resolve_teacher(source)
     subfolder = None if (Path(source) / "config.json").is_file() else "unet"
     with _reading("UNet", source):
         return TiUEUNet.from_pretrained(source, subfolder=subfolder, torch_dtype=dtype)
 
 
-def load_text(source: str) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+def load_text_encoder(source: str, device: torch.device) -> TextEncoder:
     """Load a teacher's tokenizer and text encoder.
 
     Args:
         source: Folder or hub id of a Stable Diffusion pipeline.
+        device: Where the text encoder shall run.
 
     Returns:
-        The tokenizer and the text encoder.
+        Both, as one function of prompts.
 
     Raises:
         CheckpointError: If one is missing, incomplete or a pickle.
     """
+    source = resolve_teacher(source)
     with _reading("tokenizer", source):
         tokenizer = AutoTokenizer.from_pretrained(source, subfolder="tokenizer")
     with _reading("text encoder", source):
         text_encoder = CLIPTextModel.from_pretrained(
             source, subfolder="text_encoder", use_safetensors=True
         )
-    return tokenizer, text_encoder
+    return TextEncoder(tokenizer, text_encoder.to(device))
+
+
+def load_vae(source: str, device: torch.device) -> AutoencoderKL | AutoencoderTiny | None:
+    """Load a teacher's VAE, for pictures on the way.
+
+    Args:
+        source: Folder or hub id of a Stable Diffusion pipeline.
+        device: Where it shall run.
+
+    Returns:
+        The VAE, or None if the teacher has none.
+
+    Raises:
+        CheckpointError: If it is damaged or a pickle.
+    """
+    source = resolve_teacher(source)
+    classes = {cls.__name__: cls for cls in (AutoencoderKL, AutoencoderTiny)}
+    try:
+        kind = AutoencoderKL.load_config(source, subfolder="vae").get("_class_name")
+    except (OSError, ValueError):
+        return None
+    if kind not in classes:
+        return None
+    with _reading("VAE", source):
+        vae = classes[kind].from_pretrained(source, subfolder="vae", use_safetensors=True)
+    return vae.to(device).eval().requires_grad_(False)
+
+
+def load_clip_scorer(model: str, vae: str, device: torch.device) -> ClipScorer:
+    """Load what the CLIP loss looks with.
+
+    Args:
+        model: Folder or hub id of a CLIP model.
+        vae: Folder or hub id of an AutoencoderTiny of the teacher's latents.
+        device: Where both shall run.
+
+    Returns:
+        The scorer.
+
+    Raises:
+        CheckpointError: If one is missing, incomplete or a pickle.
+    """
+    with _reading("CLIP model", model):
+        clip = CLIPModel.from_pretrained(model, use_safetensors=True)
+        tokenizer = AutoTokenizer.from_pretrained(model)
+    with _reading("AutoencoderTiny", vae):
+        decoder = AutoencoderTiny.from_pretrained(vae, use_safetensors=True)
+    return ClipScorer(clip.to(device), tokenizer, decoder.to(device))
 
 
 def load_student_scheduler(
@@ -88,6 +156,7 @@ def load_student_scheduler(
         CheckpointError: If the teacher has no readable scheduler.
         InputError: If the spacing leaves the student nothing to do.
     """
+    source = resolve_teacher(source)
     overrides = {"timestep_spacing": timestep_spacing} if timestep_spacing else {}
     with _reading("scheduler", source):
         config = DDIMScheduler.load_config(source, subfolder="scheduler")
@@ -119,6 +188,7 @@ def load_pipeline_around(
     Raises:
         CheckpointError: If a part that it lists cannot be loaded.
     """
+    source = resolve_teacher(source)
     try:
         index = StableDiffusionPipeline.load_config(source)
     except (OSError, ValueError):

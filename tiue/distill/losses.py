@@ -1,9 +1,24 @@
 """The distillation's losses, each a function of tensors alone."""
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tiue.distill.config import Reduction, Weighting
 from tiue_kernels import functional
+
+
+def timestep_weights(sigma: Tensor, weighting: Weighting = "sigma2") -> Tensor:
+    """Weigh the VSD difference by timestep: w_t = sigma_t^2 = 1 - abar_t, or 1.
+
+    Args:
+        sigma: Standard deviation of the noise in x_t, of any shape.
+        weighting: ``sigma2`` as published, or ``uniform``.
+
+    Returns:
+        w_t, of the same shape.
+    """
+    return sigma.square() if weighting == "sigma2" else torch.ones_like(sigma)
 
 
 def vsd_gradient(
@@ -30,7 +45,7 @@ def vsd_gradient(
     Source: TiUE (arXiv 2505.21960); ProlificDreamer (arXiv 2305.16213).
     """
     difference = (teacher_noise.float() - lora_noise.float()).detach()
-    return difference * sigma.square() if weighting == "sigma2" else difference
+    return timestep_weights(sigma, weighting) * difference
 
 
 def vsd_loss(latents: Tensor, gradient: Tensor) -> Tensor:
@@ -93,3 +108,22 @@ def lora_loss(noise_pred: Tensor, noise: Tensor, alpha: Tensor) -> Tensor:
     Source: TiUE (arXiv 2505.21960); ProlificDreamer (arXiv 2305.16213).
     """
     return (alpha * (noise_pred.float() - noise.float()).square()).mean()
+
+
+def clip_loss(image_embeds: Tensor, text_embeds: Tensor, target: float = 0.35) -> Tensor:
+    r"""Ask for pictures that CLIP finds near enough to their prompts, and for no more.
+
+    .. math:: L = \max(0, \tau - \frac1B \sum_b \cos(i_b, c_b))
+
+    Args:
+        image_embeds: CLIP's embeddings of the pictures, [B, D].
+        text_embeds: CLIP's embeddings of their prompts, [B, D].
+        target: tau, the mean cosine from which the loss is 0.
+
+    Returns:
+        The loss, a float32 scalar.
+
+    Source: TiUE (arXiv 2505.21960), where it is optional.
+    """
+    cosines = F.cosine_similarity(image_embeds.float(), text_embeds.float(), dim=-1)
+    return F.relu(target - cosines.mean())

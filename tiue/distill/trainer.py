@@ -1,324 +1,385 @@
-"""The distillation loop (arXiv 2505.21960): VSD and KL for the student, denoising for the LoRA."""
+"""A distillation run: builds its parts, steps, keeps checkpoints and shows what happens."""
 
 import logging
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import cast
 
-import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
+from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
 from diffusers import UNet2DConditionModel
+from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
-from tqdm import tqdm
 
-from tiue.distill import checkpoint, loading, losses
+from tiue.distill import loading
+from tiue.distill.checkpoint import (
+    CONFIG,
+    Checkpoints,
+    RunState,
+    averaged_weights,
+    prepare_output,
+    write_unet,
+)
 from tiue.distill.config import DistillConfig
-from tiue.distill.data import PromptOrder, read_prompts
-from tiue.distill.teacher import NoiseSchedule, Teacher, drop_prompts
-from tiue.distill.text import PromptEmbeddings
-from tiue.errors import CheckpointError, InputError, NonFiniteError
+from tiue.distill.data import PromptOrder, SampleDraws, prompts_digest, read_prompts
+from tiue.distill.embeddings import StoredPrompts
+from tiue.distill.files import whole_folder, write_file
+from tiue.distill.guards import Guard, StopSignals
+from tiue.distill.losses import timestep_weights
+from tiue.distill.monitor import Monitor, check_trackers, describe
+from tiue.distill.optimizers import build_optimizer, build_rate_schedule
+from tiue.distill.settings import write_config
+from tiue.distill.step import DistillStep, MicroBatch, Student, Trained
+from tiue.distill.teacher import NoiseSchedule, Teacher
+from tiue.distill.text import EncodedPrompts, TextEncoder, TextSource
+from tiue.distill.validation import Validation
+from tiue.errors import CheckpointError, InputError
 from tiue.schedule import OnePassSchedule
 from tiue.unet import TiUEUNet
 
 logger = logging.getLogger(__name__)
 
 SampleHook = Callable[[TiUEUNet, OnePassSchedule, int], None]
-
-Tensors = tuple[Tensor, ...] | list[Tensor]
+Report = Callable[[str], object]
 
 _WEIGHT_TYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-
-
-class Student(nn.Module):
-    """The K noise predictions as a `forward`, which is what autocast and data parallelism wrap.
-
-    Args:
-        unet: The UNet that is trained.
-        schedule: Its K timesteps.
-    """
-
-    def __init__(self, unet: TiUEUNet, schedule: OnePassSchedule) -> None:
-        super().__init__()
-        self.unet, self.schedule = unet, schedule
-
-    def forward(self, latents: Tensor, prompt_embeds: Tensor) -> Tensor:
-        """Predict the noise [K, B, C, H, W] of latents [B, C, H, W] and embeddings [B, L, D]."""
-        scaled = self.schedule.scale_model_input(latents)
-        timesteps = self.schedule.timesteps.to(latents.device)
-        return self.unet.predict_noise(scaled, timesteps, prompt_embeds)
 
 
 class Trainer:
     """One distillation run.
 
-    Everything that a step draws comes from the seed, the step's number and the process's rank, so
-    a resumed run draws what the uninterrupted one would have.
+    Everything that a step draws comes from the seed and the samples' places in the run, so a
+    resumed run draws what the uninterrupted one would have.
 
     Args:
         config: The run's settings.
         on_sample: Called as `on_sample(unet, schedule, step)` every `config.sample_every` steps
             with the student (its average, if one is kept) in evaluation mode, without a graph.
+        report: Called with text at the end; the log is told when not given.
 
     Raises:
         CheckpointError: If the teacher, the student or the checkpoint cannot be loaded.
+        DependencyError: If an optional package that the settings ask for is not installed.
         InputError: If the prompts or the settings cannot be used.
         OutputError: If the output folder cannot be.
     """
 
-    def __init__(self, config: DistillConfig, on_sample: SampleHook | None = None) -> None:
-        self.config, self.on_sample = config, on_sample
-        self.accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=config.cpu)
-        device = self.accelerator.device
-        prompts = read_prompts(config.prompts)
-        resume_from = checkpoint.prepare_output(config.output, config.resume)
+    def __init__(
+        self,
+        config: DistillConfig,
+        on_sample: SampleHook | None = None,
+        report: Report = logger.info,
+    ) -> None:
+        self.config, self.on_sample, self.report = config, on_sample, report
+        self.accelerator = self._start_accelerator()
+        device, main = self.accelerator.device, self.accelerator.is_main_process
+        text, shown = self._load_text()
+        self.text, self.order = text, PromptOrder(len(text.prompts), config.seed)
+        resume_from = prepare_output(config.output, config.resume) if main else None
+        self.accelerator.wait_for_everyone()
+        if not main:
+            resume_from = prepare_output(config.output, resume=True)
 
         self.scheduler = loading.load_student_scheduler(
             config.teacher, config.num_decoder_steps, config.timestep_spacing
         )
         self.schedule = OnePassSchedule.from_scheduler(self.scheduler, config.num_decoder_steps)
         noise_schedule = NoiseSchedule(self.scheduler).to(device)
-        if config.kl_weight > 0 and noise_schedule.prediction_type != "epsilon":
-            logger.warning(
-                "The KL term takes the UNet's outputs for noise, and this teacher's are of type "
-                "'%s': set kl_weight to 0 unless they are normal too.",
-                noise_schedule.prediction_type,
-            )
-        if config.max_timestep >= len(noise_schedule):
-            raise InputError(
-                f"max_timestep is {config.max_timestep}, and the teacher's timesteps end at "
-                f"{len(noise_schedule) - 1}."
-            )
-
-        tokenizer, text_encoder = loading.load_text(config.teacher)
-        self.embeddings = PromptEmbeddings(
-            prompts, tokenizer, text_encoder.to(device), config.embedding_cache_mib << 20
-        )
-        self.order = PromptOrder(len(prompts), config.seed)
+        self._check_timesteps(noise_schedule)
 
         torch.manual_seed(config.seed)  # for the LoRA's first weights
         teacher_unet = loading.load_unet(config.teacher, _WEIGHT_TYPES[config.mixed_precision])
         self.teacher = Teacher(
             teacher_unet.to(device), noise_schedule, config.lora_rank, config.lora_alpha
         )
-        self.unet = loading.load_unet(config.student or config.teacher).train()
-        self._require_same_kind()
+        self.unet = self._load_student()
+        self.student = self._prepare(
+            Student(self.unet, self.schedule), list(self.unet.parameters()), config.learning_rate
+        )
+        self.lora = self._prepare(
+            teacher_unet, self.teacher.lora_parameters, config.lora_learning_rate,
+            config.lora_updates,
+        )  # fmt: skip
+        self.teacher.trained = self.lora.network
+        self.ema = None
+        if config.ema_decay > 0:
+            self.ema = EMAModel(self.student.parameters, decay=config.ema_decay, foreach=True)
+        clip = None
+        if config.clip_weight or config.clip_weight_end:
+            clip = loading.load_clip_scorer(config.clip_model, config.clip_vae, device)
+
         self.latent_shape = self._latent_shape()
-        self.ema = self._average() if config.ema_decay > 0 else None
-
-        betas = (config.adam_beta1, config.adam_beta2)
-        optimizer = torch.optim.Adam(
-            self.unet.parameters(), lr=config.learning_rate, betas=betas, fused=True
+        self.validation = self._validation(shown)
+        self.guard = Guard(config.divergence_factor, config.mixed_precision == "fp16")
+        self.train_step = DistillStep(
+            config, self.accelerator, self.student, self.lora, self.teacher, self.schedule,
+            self.latent_shape, text.empty, self.guard, self.ema, clip,
+        )  # fmt: skip
+        per_step = config.batch_size * config.gradient_accumulation_steps
+        self.state = RunState(
+            samples_per_step=per_step * self.accelerator.num_processes,
+            prompts_digest=prompts_digest(text.prompts),
         )
-        lora_optimizer = torch.optim.Adam(
-            self.teacher.lora_parameters, lr=config.lora_learning_rate, betas=betas, fused=True
-        )
-        student = Student(self.unet, self.schedule)
-        self.student, self.optimizer, self.teacher.trained, self.lora_optimizer = (
-            self.accelerator.prepare(student, optimizer, self.teacher.trained, lora_optimizer)
-        )
-
-        self.step, self.samples_seen = 0, 0
+        self.checkpoints = Checkpoints(
+            config.output / "checkpoints", config, self.accelerator, self.student, self.lora,
+            self.ema, self.scheduler, self.state,
+        )  # fmt: skip
         if resume_from is not None:
             self._resume(resume_from)
+        if main:
+            write_file(config.output / CONFIG, lambda path: write_config(config, path))
+
+    @property
+    def step(self) -> int:
+        """Student updates done."""
+        return self.state.step
 
     def train(self) -> Path:
-        """Run to the last step and write the student.
+        """Run to the last step, or until SIGINT or SIGTERM, and write the student.
 
         Returns:
             The output folder: `unet/` and `scheduler/` (the average, if one is kept), `pipeline/`
-            where the teacher is a whole pipeline, `checkpoints/` and `log.jsonl`.
+            where the teacher is a whole pipeline, `checkpoints/`, `samples/`, `config.yaml`,
+            `log.jsonl` and `summary.json`. A run that a signal ended has no `unet/` yet.
 
         Raises:
             NonFiniteError: If a loss or gradient becomes NaN or infinite.
+            DivergenceError: If a loss or gradient norm runs away.
             OutputError: If the output folder cannot be written.
         """
         config = self.config
-        with tqdm(
-            total=config.steps, initial=self.step, unit="step",
-            disable=not self.accelerator.is_main_process,
-        ) as progress:  # fmt: skip
-            while self.step < config.steps:
-                started = time.perf_counter()
-                figures = self._train_step()
-                seconds = time.perf_counter() - started
-                self.step += 1
-                images = config.batch_size * self.accelerator.num_processes
-                self.samples_seen += images
-                figures |= {"images_per_second": images / seconds, "seconds": seconds}
-                progress.set_postfix({name: f"{value:.3g}" for name, value in figures.items()})
-                progress.update()
-                self._after_step(figures)
+        self._say_what_kl_is()
+        weights = timestep_weights(self.teacher.noise_schedule.sigma, config.weighting)
+        monitor = Monitor(config, self.accelerator, self.step, weights)
+        ended, saved = "failed", self.step
+        try:
+            with StopSignals() as signals:
+                while self.step < config.steps and not (stopped := self._any(signals.received)):
+                    self._one_step(monitor)
+                    if self._is_due(config.checkpoint_every) and not self.guard.suspicious:
+                        saved = self._save()
+                # A run that a signal stopped inside a suspicious streak keeps the last good one.
+                stopped = self.step < config.steps
+                if saved < self.step and not (stopped and self.guard.suspicious):
+                    saved = self._save()
+                ended = f"stopped by {signals.received or 'a signal'}" if stopped else "complete"
+        finally:
+            summary = monitor.close(self.step, ended)
         if self.accelerator.is_main_process:
+            self.report(describe(summary, config.output))
+        if stopped:
+            self._tell(f"Go on from step {saved} with --resume.")
+        else:
             self._write_student()
         self.accelerator.wait_for_everyone()
         return config.output
 
-    def _train_step(self) -> dict[str, float]:
-        config, device = self.config, self.accelerator.device
-        rank = self.accelerator.process_index
-        # The default generator is reseeded too, for dropout.
-        words = np.random.SeedSequence((config.seed, self.step, rank)).generate_state(1, np.uint64)
-        generator = torch.manual_seed(int(words[0]))
-        first = self.samples_seen + rank * config.batch_size
-        prompt_embeds = self.embeddings[self.order[range(first, first + config.batch_size)]]
+    def _one_step(self, monitor: Monitor) -> None:
+        config, started = self.config, time.perf_counter()
+        result = self.train_step(self._batches(), self.step + 1)
+        self.state.step += 1
+        self.state.samples_seen += self.state.samples_per_step
+        seconds = time.perf_counter() - started
+        rate = self.student.optimizer.param_groups[0]["lr"]
+        monitor.after_step(self.step, result, self.state.samples_per_step, seconds, rate)
+        if self._is_due(config.sample_every) and (self.validation or self.on_sample):
+            with averaged_weights(self.student, self.ema):
+                self._sample(monitor)
 
-        latents = torch.randn(self.latent_shape, generator=generator).to(device)
-        latents = latents * self.schedule.init_noise_sigma
-        noise_pred = self.student(latents, prompt_embeds)
-        images = self.schedule.combine(latents, noise_pred)  # latents of images: [B, C, H, W]
-        fixed = images.detach()
-        vsd = losses.vsd_loss(images, self._vsd_gradient(fixed, prompt_embeds, generator))
-        kl = losses.kl_loss(noise_pred, config.kl_weight, config.kl_reduction)
-        norm = self._update(vsd + kl, list(self.unet.parameters()), self.optimizer)
-        if self.ema is not None:
-            self.ema.update_parameters(self.unet)
-
-        for _ in range(config.lora_updates):
-            lora = self._lora_loss(fixed, prompt_embeds, generator)
-            lora_norm = self._update(lora, self.teacher.lora_parameters, self.lora_optimizer)
-        names = ("vsd", "kl", "lora", "grad_norm", "lora_grad_norm")
-        # One transfer, hence one wait for the device, a step.
-        values = torch.stack([vsd, kl, lora, norm, lora_norm]).detach().tolist()
-        figures = dict(zip(names, values, strict=True))
-        self._require_finite(figures)
-        return figures
-
-    def _vsd_gradient(
-        self, images: Tensor, prompt_embeds: Tensor, generator: torch.Generator
-    ) -> Tensor:
-        config, schedule = self.config, self.teacher.noise_schedule
-        timesteps = self._timesteps(config.min_timestep, config.max_timestep, generator)
-        noise = torch.randn(images.shape, generator=generator).to(images.device)
-        noisy = schedule.add_noise(images, noise, timesteps)
-        frozen, lora = (
-            self.teacher.guided_noise(
-                noisy, timesteps, prompt_embeds, self.embeddings.empty, scale, lora
-            )
-            for scale, lora in (
-                (config.guidance_scale, False),
-                (config.lora_guidance_scale, True),
-            )
-        )
-        _, sigma = schedule.at(timesteps)
-        return losses.vsd_gradient(frozen, lora, sigma, config.weighting)
-
-    def _lora_loss(
-        self, images: Tensor, prompt_embeds: Tensor, generator: torch.Generator
-    ) -> Tensor:
-        schedule = self.teacher.noise_schedule
-        timesteps = self._timesteps(0, len(schedule) - 1, generator)
-        noise = torch.randn(images.shape, generator=generator).to(images.device)
-        dropped = torch.rand(len(images), generator=generator) < self.config.prompt_drop
-        embeds = drop_prompts(prompt_embeds, self.embeddings.empty, dropped.to(images.device))
-        noisy = schedule.add_noise(images, noise, timesteps)
-        alpha, _ = schedule.at(timesteps)
-        return losses.lora_loss(self.teacher.lora_noise(noisy, timesteps, embeds), noise, alpha)
-
-    def _timesteps(self, least: int, greatest: int, generator: torch.Generator) -> Tensor:
-        drawn = torch.randint(least, greatest + 1, (self.config.batch_size,), generator=generator)
-        return drawn.to(self.accelerator.device)
-
-    def _update(
-        self, loss: Tensor, parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer
-    ) -> Tensor:
-        self.accelerator.backward(loss)
-        norm = self.accelerator.clip_grad_norm_(parameters, self.config.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-        return norm
-
-    def _require_finite(self, figures: dict[str, float]) -> None:
-        for name, value in figures.items():
-            # float16's loss scaling meets infinite gradients on purpose and skips their update.
-            skipped = self.config.mixed_precision == "fp16" and name.endswith("grad_norm")
-            if not skipped and not np.isfinite(value):
-                raise NonFiniteError(
-                    f"{name} is {value} at step {self.step + 1}. Lower the learning rates or "
-                    "train without mixed precision; --resume goes on from the last checkpoint."
+    def _batches(self) -> list[MicroBatch]:
+        """This process's micro-batches of the next update."""
+        config, accelerator = self.config, self.accelerator
+        batches = []
+        for micro in range(config.gradient_accumulation_steps):
+            place = micro * accelerator.num_processes + accelerator.process_index
+            first = self.state.samples_seen + place * config.batch_size
+            samples = range(first, first + config.batch_size)
+            indices = self.order[samples]
+            batches.append(
+                MicroBatch(
+                    prompts=[self.text.prompts[i] for i in indices.tolist()],
+                    prompt_embeds=self.text[indices],
+                    draws=SampleDraws(config.seed, samples, accelerator.device),
                 )
+            )
+        return batches
 
-    def _after_step(self, figures: dict[str, float]) -> None:
-        config = self.config
-        last = self.step == config.steps
-        if self.accelerator.is_main_process:
-            if self.step % config.log_every == 0 or last:
-                checkpoint.append_log(config.output / "log.jsonl", {"step": self.step, **figures})
-            if self.on_sample and config.sample_every and self.step % config.sample_every == 0:
-                self._sample(self.on_sample)
-            if self.step % config.checkpoint_every == 0 or last:
-                self._save_checkpoint()
-        self.accelerator.wait_for_everyone()
+    def _is_due(self, every: int) -> bool:
+        return every > 0 and self.step % every == 0
 
-    @torch.no_grad()
-    def _sample(self, on_sample: SampleHook) -> None:
-        unet = self._ema_unet or self.unet
-        training = unet.training
-        on_sample(unet.eval(), self.schedule, self.step)
-        unet.train(training)
+    def _any(self, signal_name: str | None) -> bool:
+        """Whether any process was told to stop: all must stop after the same step."""
+        told = torch.tensor(float(signal_name is not None), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(told, "sum") > 0)
 
-    @property
-    def _ema_unet(self) -> TiUEUNet | None:
-        return None if self.ema is None else cast(TiUEUNet, self.ema.module)
+    def _sample(self, monitor: Monitor) -> None:
+        self.unet.eval()
+        if self.validation is not None:
+            # Every process runs the student: it may be sharded.
+            images = self.validation.draw(self.student.network, self.schedule)
+            monitor.pictures(self.step, images, self.validation.prompts)
+        if self.on_sample is not None and self.accelerator.is_main_process:
+            with torch.no_grad():
+                self.on_sample(self.unet, self.schedule, self.step)
+        self.unet.train()
 
-    def _average(self) -> AveragedModel:
-        def follow(averages: Tensors, values: Tensors, updates: Tensor | int) -> None:
-            # The first updates weigh more, or the average would be of untrained weights for long.
-            decay = min(self.config.ema_decay, (1 + int(updates)) / (10 + int(updates)))
-            torch._foreach_lerp_(averages, values, 1 - decay)
-
-        average = AveragedModel(self.unet, self.accelerator.device, multi_avg_fn=follow)
-        return average.requires_grad_(False).eval()
-
-    def _require_same_kind(self) -> None:
-        for name in ("in_channels", "out_channels", "cross_attention_dim"):
-            own, taught = self.unet.config[name], self.teacher.unet.config[name]
-            if own != taught:
-                raise CheckpointError(
-                    f"The student's {name} is {own} and the teacher's {taught}: they must share "
-                    "latents and text encoder. Start from a UNet of the teacher's kind."
-                )
-
-    def _latent_shape(self) -> tuple[int, int, int, int]:
-        config, size = self.config, self.unet.config.sample_size
-        height, width = size if isinstance(size, tuple | list) else (size, size)
-        height, width = config.height or height, config.width or width
-        if height is None or width is None:
-            raise InputError("This UNet names no sample size; set height and width.")
-        return (config.batch_size, self.unet.config.in_channels, height, width)
-
-    def _save_checkpoint(self) -> None:
-        state = {
-            "step": self.step,
-            "samples_seen": self.samples_seen,
-            "optimizer": self.optimizer.state_dict(),
-            "lora_optimizer": self.lora_optimizer.state_dict(),
-            "ema_updates": int(self.ema.n_averaged) if self.ema is not None else 0,
-        }
-        checkpoint.save_checkpoint(
-            self.config.output / "checkpoints", self.step, self.unet,
-            self._ema_unet, self.teacher.unet, self.scheduler, state, self.config.keep_checkpoints,
-        )  # fmt: skip
-
-    def _resume(self, folder: Path) -> None:
-        state = checkpoint.load_checkpoint(folder, self.unet, self._ema_unet, self.teacher.unet)
-        self.step, self.samples_seen = state["step"], state["samples_seen"]
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.lora_optimizer.load_state_dict(state["lora_optimizer"])
+    def _save(self) -> int:
         if self.ema is not None:
-            self.ema.n_averaged.fill_(state["ema_updates"])
+            self.state.ema_steps = self.ema.optimization_step
+        self.state.guard = self.guard.state_dict()
+        self.checkpoints.save()
+        return self.step
+
+    def _resume(self, place: Path) -> None:
+        self.checkpoints.load(place)
+        if self.ema is not None:
+            self.ema.optimization_step = self.state.ema_steps
+        self.guard.load_state_dict(self.state.guard)
 
     def _write_student(self) -> None:
-        output = self.config.output
-        with checkpoint.whole_folder(output / "unet") as written:
-            (self._ema_unet or self.unet).save_pretrained(written)
-        with checkpoint.whole_folder(output / "scheduler") as written:
+        output, weights = self.config.output, self.checkpoints.averaged_state_dict()
+        if not self.accelerator.is_main_process:
+            return
+        with whole_folder(output / "unet") as written:
+            write_unet(self.unet, weights, written)
+        with whole_folder(output / "scheduler") as written:
             self.scheduler.save_pretrained(written)
         if self.config.save_pipeline:
             plain = UNet2DConditionModel.from_pretrained(output / "unet")
             pipeline = loading.load_pipeline_around(self.config.teacher, plain, self.scheduler)
             if pipeline is not None:
-                with checkpoint.whole_folder(output / "pipeline") as written:
+                with whole_folder(output / "pipeline") as written:
                     pipeline.save_pretrained(written)
+        self.report(f"The student is in {output}.")
+
+    def _tell(self, text: str) -> None:
+        if self.accelerator.is_main_process:
+            self.report(text)
+
+    def _start_accelerator(self) -> Accelerator:
+        config = self.config
+        check_trackers(config.trackers)
+        if config.deterministic:
+            # cuBLAS reads it at its first call.
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True)
+        accelerator = Accelerator(
+            mixed_precision=config.mixed_precision,
+            cpu=config.cpu,
+            gradient_accumulation_plugin=GradientAccumulationPlugin(
+                num_steps=config.gradient_accumulation_steps,
+                adjust_scheduler=False,
+                sync_with_dataloader=False,
+            ),
+            log_with=list(config.trackers) or None,
+            project_config=ProjectConfiguration(str(config.output), str(config.output / "logs")),
+            step_scheduler_with_optimizer=False,
+        )
+        if accelerator.distributed_type == DistributedType.DEEPSPEED:
+            raise InputError(
+                "DeepSpeed wraps one network, and student and LoRA teacher are two: choose FSDP2 "
+                "(fsdp_version: 2) or plain data parallelism in `accelerate config`."
+            )
+        return accelerator
+
+    def _load_text(self) -> tuple[TextSource, tuple[list[str], Tensor] | None]:
+        """The prompts' embeddings, and the validation prompts with theirs where pictures are due.
+
+        A text encoder that all is made of beforehand is let go of here.
+        """
+        config, device = self.config, self.accelerator.device
+        encoder: TextEncoder | None = None
+        text: TextSource
+        if config.embeddings is not None:
+            verify = config.verify_embeddings and self.accelerator.is_local_main_process
+            text = StoredPrompts(config.embeddings, device, verify)
+        else:
+            assert config.prompts is not None
+            prompts = read_prompts(config.prompts, config.prompt_column)
+            encoder = loading.load_text_encoder(config.teacher, device)
+            text = EncodedPrompts(prompts, encoder, config.embedding_cache_mib << 20)
+        if not config.sample_every:
+            return text, None
+        shown = list(config.validation_prompts) or text.prompts[:4]
+        if set(shown) <= set(text.prompts):
+            return text, (shown, text[torch.tensor([text.prompts.index(p) for p in shown])])
+        encoder = encoder or loading.load_text_encoder(config.teacher, device)
+        return text, (shown, encoder(shown))
+
+    def _validation(self, shown: tuple[list[str], Tensor] | None) -> Validation | None:
+        if shown is None:
+            return None
+        vae = loading.load_vae(self.config.teacher, self.accelerator.device)
+        if vae is None:
+            logger.warning("The teacher '%s' has no VAE: no pictures.", self.config.teacher)
+            return None
+        main = self.accelerator.is_main_process
+        return Validation(*shown, self.latent_shape, vae if main else None, self.config.seed)
+
+    def _load_student(self) -> TiUEUNet:
+        config = self.config
+        unet = loading.load_unet(config.student or config.teacher).train()
+        for name in ("in_channels", "out_channels", "cross_attention_dim"):
+            own, taught = unet.config[name], self.teacher.unet.config[name]
+            if own != taught:
+                raise CheckpointError(
+                    f"The student's {name} is {own} and the teacher's {taught}: they must share "
+                    "latents and text encoder. Start from a UNet of the teacher's kind."
+                )
+        unet.recompute_feed_forward = config.recompute_feed_forward
+        if config.gradient_checkpointing != "none":
+            unet.enable_gradient_checkpointing()
+        if config.gradient_checkpointing == "encoder":
+            for module in unet.up_blocks.modules():
+                if hasattr(module, "gradient_checkpointing"):
+                    module.gradient_checkpointing = False
+        return unet
+
+    def _prepare(
+        self,
+        network: nn.Module,
+        parameters: list[nn.Parameter],
+        learning_rate: float,
+        updates_per_step: int = 1,
+    ) -> Trained:
+        """Give a network its optimiser, and both to accelerate; one network a call, for FSDP2."""
+        optimizer = build_optimizer(self.config, parameters, learning_rate)
+        rates = build_rate_schedule(self.config, optimizer, updates_per_step)
+        network, optimizer, rates = self.accelerator.prepare(network, optimizer, rates)
+        # Sharding puts others in the place of the parameters that were given.
+        trained = [p for p in network.parameters() if p.requires_grad]
+        return Trained(network, trained, optimizer, rates)
+
+    def _latent_shape(self) -> tuple[int, int, int]:
+        config, size = self.config, self.unet.config.sample_size
+        height, width = size if isinstance(size, tuple | list) else (size, size)
+        height, width = config.height or height, config.width or width
+        if height is None or width is None:
+            raise InputError("This UNet names no sample size; set height and width.")
+        return (self.unet.config.in_channels, height, width)
+
+    def _check_timesteps(self, noise_schedule: NoiseSchedule) -> None:
+        config = self.config
+        if config.max_timestep >= len(noise_schedule):
+            raise InputError(
+                f"max_timestep is {config.max_timestep}, and the teacher's timesteps end at "
+                f"{len(noise_schedule) - 1}."
+            )
+        if config.kl_weight > 0 and noise_schedule.prediction_type != "epsilon":
+            logger.warning(
+                "The KL term takes the UNet's outputs for noise, and this teacher's are of type "
+                "'%s': set kl_weight to 0 unless they are normal too.",
+                noise_schedule.prediction_type,
+            )
+
+    def _say_what_kl_is(self) -> None:
+        config = self.config
+        maps = config.num_decoder_steps * self.state.samples_per_step
+        strength = config.kl_weight * (maps if config.kl_reduction == "sum" else 1)
+        logger.info(
+            "KL: %g x the %s over the %d noise maps of an update, that is %g x their mean "
+            "(published: 3.2 x).",
+            config.kl_weight, config.kl_reduction, maps, strength,
+        )  # fmt: skip

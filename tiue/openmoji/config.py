@@ -12,6 +12,8 @@ MAX_PROMPT_TOKENS = 16  # holds all prompts; of the aliases, one is longer: 19 t
 TEACHER_STEPS = 25
 GUIDANCE_SCALE = 2.5
 
+DECODER_STEPS = 4  # K of the embedded student; the recipe `openmoji` of tiue.distill has the rest
+
 TEN_PROMPTS = (
     "red apple",
     "rocket",
@@ -82,20 +84,4 @@ class TeacherConfig:
     text_heads: int = 6
     text_feed_forward: int = 512
     vocabulary: int = 1536
-    seed: int = 0
-
-
-@dataclass(frozen=True)
-class StudentConfig:
-    """The distillation of the teacher by `tiue.distill`."""
-
-    num_decoder_steps: int = 4
-    steps: int = 600
-    batch_size: int = 16  # of each process
-    learning_rate: float = 3e-4
-    guidance_scale: float = 2.0
-    lora_guidance_scale: float = 1.0
-    # Below, the teacher keeps whatever shape it is shown; the prompt decides above.
-    min_timestep: int = 200
-    ema_decay: float = 0.99
     seed: int = 0

@@ -11,7 +11,7 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionMod
 
 from tiue.errors import CheckpointError
 from tiue.openmoji.autoencoder import load_autoencoder
-from tiue.openmoji.config import StudentConfig
+from tiue.openmoji.config import DECODER_STEPS
 from tiue.openmoji.student import student_folder
 
 
@@ -38,7 +38,7 @@ def export_weights(work: Path, output: Path) -> None:
         pipeline.save_pretrained(folder)
         _forget_origin(folder)
 
-    source = student_folder(work, StudentConfig.num_decoder_steps)
+    source = student_folder(work, DECODER_STEPS)
     if not (source / "unet").is_dir():
         return
     with _Replacing(output / "student") as folder:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from tiue.distill import DistillConfig, distill
+from tiue.distill import distill, load_config
 from tiue.errors import CheckpointError
-from tiue.openmoji.config import StudentConfig
 from tiue.openmoji.data import Pictures, write_prompts
 
 
@@ -16,15 +16,16 @@ def student_folder(work: Path, num_decoder_steps: int) -> Path:
 
 
 def train_student(
-    pictures: Pictures, work: Path, config: StudentConfig, resume: bool = False
+    pictures: Pictures, work: Path, num_decoder_steps: int, resume: bool = False, **settings: Any
 ) -> Path:
-    """Distils the teacher of the work folder.
+    """Distils the teacher of the work folder by the recipe `openmoji`.
 
     Args:
         pictures: only their prompts are used.
         work: holds `teacher/pipeline`; receives `prompts.txt` and `student-k<K>/`.
-        config: K, rates, steps, seed.
+        num_decoder_steps: K.
         resume: go on from the newest checkpoint.
+        **settings: other fields of `DistillConfig`, over the recipe's.
 
     Returns:
         The student's folder: `unet/`, `scheduler/`, `checkpoints/`, `log.jsonl`.
@@ -39,23 +40,14 @@ def train_student(
         )
     write_prompts(pictures, work / "prompts.txt")
     return distill(
-        DistillConfig(
+        load_config(
+            "openmoji",
             teacher=str(teacher),
-            prompts=work / "prompts.txt",
-            output=student_folder(work, config.num_decoder_steps),
-            num_decoder_steps=config.num_decoder_steps,
-            steps=config.steps,
-            batch_size=config.batch_size,
-            learning_rate=config.learning_rate,
-            guidance_scale=config.guidance_scale,
-            lora_guidance_scale=config.lora_guidance_scale,
-            # The term holds predicted noise near a normal distribution; this UNet predicts v.
-            kl_weight=0.0,
-            min_timestep=config.min_timestep,
-            ema_decay=config.ema_decay,
-            seed=config.seed,
-            cpu=True,
+            prompts=str(work / "prompts.txt"),
+            output=student_folder(work, num_decoder_steps),
+            num_decoder_steps=num_decoder_steps,
             resume=resume,
             save_pipeline=False,
+            **settings,
         )
     )

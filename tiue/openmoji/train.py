@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from tiue.cli import OneLineErrors
-from tiue.openmoji.config import AutoencoderConfig, DecoderConfig, StudentConfig, TeacherConfig
+from tiue.openmoji.config import DECODER_STEPS, AutoencoderConfig, DecoderConfig, TeacherConfig
 from tiue.openmoji.data import load_pictures, write_prompts
 
 app = typer.Typer(
@@ -87,16 +87,19 @@ def student(
     work: Work = DEFAULT_WORK,
     num_decoder_steps: Annotated[
         int, typer.Option("--num-decoder-steps", "-k", min=1, help="Decoder timesteps K.")
-    ] = StudentConfig.num_decoder_steps,
-    steps: Annotated[int, typer.Option(min=1, help="Updates.")] = StudentConfig.steps,
-    seed: Seed = StudentConfig.seed,
+    ] = DECODER_STEPS,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Updates; by default the recipe's.")
+    ] = None,
+    seed: Seed = 0,
     resume: Resume = False,
 ) -> None:
-    """Distil the teacher into a one-pass student."""
+    """Distil the teacher into a one-pass student, by the recipe `openmoji` of `tiue distill`."""
     from tiue.openmoji.student import train_student
 
-    config = StudentConfig(num_decoder_steps=num_decoder_steps, steps=steps, seed=seed)
-    train_student(load_pictures(pictures_file(work)), work, config, resume)
+    pictures = load_pictures(pictures_file(work))
+    given = {} if steps is None else {"steps": steps}
+    train_student(pictures, work, num_decoder_steps, resume, seed=seed, **given)
 
 
 @app.command()

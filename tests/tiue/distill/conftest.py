@@ -30,13 +30,14 @@ def make_config(teacher_folder, tmp_path_factory):
     def make(**settings) -> DistillConfig:
         defaults = {
             "teacher": str(teacher_folder),
-            "prompts": prompts,
+            "prompts": str(prompts),
             "steps": 2,
             "batch_size": 3,
             "learning_rate": 1e-3,
             "lora_rank": 4,
             "save_pipeline": False,
             "cpu": True,
+            "trackers": (),
         }
         if "output" not in settings:
             defaults["output"] = tmp_path_factory.mktemp("run")

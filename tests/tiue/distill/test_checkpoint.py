@@ -1,6 +1,7 @@
 import pytest
 
-from tiue.distill.checkpoint import list_checkpoints, prepare_output, whole_folder
+from tiue.distill.checkpoint import list_checkpoints, prepare_output
+from tiue.distill.files import whole_folder
 from tiue.errors import InputError, OutputError
 
 

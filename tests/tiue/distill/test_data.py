@@ -3,7 +3,7 @@ import torch
 
 from tests.tiue.tiny import TEXT_DIM, TEXT_LENGTH, tiny_text_encoder, tiny_tokenizer
 from tiue.distill.data import PromptOrder, read_prompts
-from tiue.distill.text import PromptEmbeddings
+from tiue.distill.text import EncodedPrompts, TextEncoder
 from tiue.errors import InputError
 
 
@@ -45,7 +45,7 @@ def embeddings():
     prompts = [f"prompt {i}" for i in range(70)]  # more than one batch of the encoder
 
     def make(cache_bytes):
-        return PromptEmbeddings(prompts, tokenizer, encoder, cache_bytes)
+        return EncodedPrompts(prompts, TextEncoder(tokenizer, encoder), cache_bytes)
 
     return make
 
@@ -70,7 +70,7 @@ def test_embeddings_are_what_the_pipeline_gives(embeddings):
     from tests.tiue.tiny import tiny_pipeline
 
     pipe = tiny_pipeline()
-    made = PromptEmbeddings(["a house"], pipe.tokenizer, pipe.text_encoder, 0)
+    made = EncodedPrompts(["a house"], TextEncoder(pipe.tokenizer, pipe.text_encoder), 0)
     expected, empty = pipe.encode_prompt("a house", "cpu", 1, True)
     torch.testing.assert_close(made[torch.tensor([0])], expected)
     torch.testing.assert_close(made.empty, empty)
@@ -80,5 +80,5 @@ def test_a_prompt_that_is_too_long_is_named(caplog):
     tokenizer = tiny_tokenizer()
     encoder = tiny_text_encoder(len(tokenizer))
     long = "a b c d e f g h i j k l m n o p q r s t"
-    PromptEmbeddings(["short", long], tokenizer, encoder, 1 << 20)
+    EncodedPrompts(["short", long], TextEncoder(tokenizer, encoder), 1 << 20)
     assert [record.args[1] for record in caplog.records] == [long]

@@ -1,0 +1,54 @@
+"""A run or checkpoint as a complete pipeline folder."""
+
+from pathlib import Path
+
+from diffusers import DDIMScheduler, UNet2DConditionModel
+
+from tiue.distill.checkpoint import CONFIG
+from tiue.distill.files import whole_folder
+from tiue.distill.loading import load_pipeline_around
+from tiue.distill.settings import load_config
+from tiue.errors import CheckpointError, InputError
+
+
+def export_student(run: Path, output: Path, teacher: str | None = None) -> Path:
+    """Write a student with its teacher's other parts as one diffusers pipeline folder.
+
+    Args:
+        run: A run's output folder, or one of its `checkpoints/step-<n>`.
+        output: The folder to write; must not exist yet.
+        teacher: Folder or hub id that text encoder, tokenizer and VAE come from; by default the
+            one in the run's config.yaml.
+
+    Returns:
+        The folder, which `TiUEPipeline` and diffusers load.
+
+    Raises:
+        CheckpointError: If the folder holds no student, or the teacher is no whole pipeline.
+        InputError: If the output exists.
+        OutputError: If it cannot be written.
+    """
+    if output.exists():
+        raise InputError(f"'{output}' exists already; give a new folder with --output.")
+    # A checkpoint keeps both; the average is the better student.
+    names = [name for name in ("unet_ema", "unet") if (run / name / "config.json").is_file()]
+    if not names or not (run / "scheduler").is_dir():
+        raise CheckpointError(
+            f"'{run}' holds no student (unet/ and scheduler/). Give the output folder of a "
+            "finished `tiue distill`, or one of its checkpoints/step-<n>."
+        )
+    teacher = teacher or load_config(run / CONFIG).teacher
+    try:
+        unet = UNet2DConditionModel.from_pretrained(run / names[0], use_safetensors=True)
+        scheduler = DDIMScheduler.from_pretrained(run / "scheduler")
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"Cannot load the student in '{run}' ({error}).") from error
+    pipeline = load_pipeline_around(teacher, unet, scheduler)
+    if pipeline is None:
+        raise CheckpointError(
+            f"The teacher '{teacher}' is no whole pipeline (model_index.json and VAE); name one "
+            "with --teacher."
+        )
+    with whole_folder(output) as written:
+        pipeline.save_pretrained(written)
+    return output
