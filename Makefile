@@ -11,10 +11,14 @@ PROMPTS := "red apple" "rocket" "cat face" "sun" "birthday cake" \
 # What a CPU times too; the operators' own benchmarks are part of `gpu`.
 BENCHES := one_pass block train_step pipeline
 
-.PHONY: demo test lint bench sweep gpu clean
+.PHONY: demo distill-demo test lint bench sweep gpu clean
 
 demo: $(VENV)/.installed-base
 	$(BIN)/tiue generate $(PROMPTS) --seed 0 --output out
+
+# Minutes on two cores: the embedded teacher distilled from scratch, before and after side by side.
+distill-demo: $(VENV)/.installed-train
+	$(BIN)/python -m tiue.openmoji.demo --output out/distill
 
 # One thread a worker: two workers of one thread beat one worker of two on the suite's small shapes.
 test: lint

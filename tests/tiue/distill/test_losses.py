@@ -70,3 +70,48 @@ def test_lora_loss_weighs_every_row_by_its_signal():
     alpha = torch.tensor([0.5, 0.1]).view(2, 1, 1, 1)
     loss = losses.lora_loss(noise_pred, noise, alpha)
     torch.testing.assert_close(loss, torch.tensor((0.5 * 4 + 0.1 * 9) / 2))
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_losses_equal_their_equations_in_float64(generator, reduction):
+    x, g, noise_pred, noise = torch.randn(4, 3, 4, 8, 8, generator=generator)
+    maps = torch.randn(2, 3, 4, 8, 8, generator=generator)
+    alpha, sigma = torch.rand(2, 3, 1, 1, 1, generator=generator)
+    wide = [tensor.double() for tensor in (x, g, noise_pred, noise, maps, alpha, sigma)]
+    x64, g64, noise_pred64, noise64, maps64, alpha64, sigma64 = wide
+
+    target = x64 - g64
+    vsd = sum((0.5 * (a - b) ** 2) for a, b in zip(x64.flatten(), target.flatten(), strict=True))
+    assert losses.vsd_loss(x, g).item() == pytest.approx(vsd.item() / x.numel(), rel=1e-6)
+
+    weighted = losses.vsd_gradient(noise_pred, noise, sigma)
+    torch.testing.assert_close(weighted.double(), sigma64**2 * (noise_pred64 - noise64))
+
+    kl = []
+    for value in maps64.flatten(0, 1):
+        mean = value.sum() / value.numel()
+        variance = ((value - mean) ** 2).sum() / (value.numel() - 1)
+        kl.append(0.5 * (mean**2 + variance - 1 - variance.log()))
+    expected = 0.1 * (sum(kl) if reduction == "sum" else sum(kl) / 6)
+    assert losses.kl_loss(maps, 0.1, reduction).item() == pytest.approx(expected.item(), rel=1e-5)
+
+    rows = [(p - n).square().mean() for p, n in zip(noise_pred64, noise64, strict=True)]
+    expected = sum(a.squeeze() * row for a, row in zip(alpha64, rows, strict=True)) / 3
+    assert losses.lora_loss(noise_pred, noise, alpha).item() == pytest.approx(expected.item())
+
+
+@pytest.mark.parametrize("target", [0.35, 0.9])
+def test_clip_loss_equals_its_equation_in_float64(generator, target):
+    images, texts = torch.randn(2, 3, 16, generator=generator)
+    images = texts + 0.9 * images  # a mean cosine between the two targets
+    cosines = [
+        (i @ t / (i.norm() * t.norm())).item()
+        for i, t in zip(images.double(), texts.double(), strict=True)
+    ]
+    mean = sum(cosines) / 3
+    assert 0.4 < mean < 0.85
+    images.requires_grad_()
+    loss = losses.clip_loss(images, texts, target)
+    assert loss.item() == pytest.approx(max(0.0, target - mean), rel=1e-5)
+    loss.backward()
+    assert (images.grad.abs().max() > 0) == (target > mean)
