@@ -1,4 +1,6 @@
-"""Counts the bytes that a decoder keeps for its backward pass: `python -m benchmarks.saved_bytes`.
+"""Counts the bytes that a student keeps for its backward pass: `python -m benchmarks.saved_bytes`.
+
+The decoder alone, and a whole step of the student: encoder, decoder, combination and losses.
 
 Fake tensors carry shapes and no data, so the count needs neither the memory nor the time of a
 training step, and is the same on every machine.
@@ -15,7 +17,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks import published_form
 from benchmarks.configs import CONFIGS, NUM_TOKENS
-from tiue import TiUEUNet
+from benchmarks.models import stable_diffusion_scheduler
+from tiue import OnePassSchedule, TiUEUNet
+from tiue.distill import losses
 
 FORMS = ("published", "tiue")
 TIMESTEPS = [751, 501, 251, 1]
@@ -87,6 +91,50 @@ def decoder_bytes(
     return saved.total
 
 
+def step_bytes(
+    form: str, model: str = "sd15", latent_size: int = 64, batch: int = 1, **options: bool
+) -> int:
+    """Counts what a step of the student keeps: encoder, K = 4 decoder rows, combination, losses.
+
+    Args:
+        form: "published" or "tiue".
+        model: a key of `benchmarks.models.CONFIGS`.
+        latent_size: height and width of the latents.
+        batch: B.
+        **options: attributes set on the student, e.g. `recompute_feed_forward=True`.
+
+    Returns:
+        Bytes.
+    """
+    scheduler = stable_diffusion_scheduler()
+    schedule = OnePassSchedule.from_scheduler(scheduler, len(TIMESTEPS))
+    scheduler.set_timesteps(len(TIMESTEPS))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        cls = TiUEUNet if form == "tiue" else UNet2DConditionModel
+        unet = cls(**CONFIGS[model]).train()
+        for name, value in options.items():
+            setattr(unet, name, value)
+        latents = torch.empty(batch, 4, latent_size, latent_size)
+        prompt_embeds = torch.empty(batch, NUM_TOKENS, unet.config.cross_attention_dim)
+        timesteps = torch.tensor(TIMESTEPS)
+        saved = SavedBytes(unet)
+        with saved:
+            if form == "tiue":
+                noise_pred = unet.predict_noise(latents, timesteps, prompt_embeds)
+                images, kl = schedule.combine(latents, noise_pred), losses.kl_loss(noise_pred)
+            else:
+                noise_pred = published_form.predict_noise(unet, latents, timesteps, prompt_embeds)
+                images = latents * schedule.latent_coefficient
+                for coefficient, rows in zip(
+                    schedule.noise_coefficients.tolist(), noise_pred, strict=True
+                ):
+                    images = images + coefficient * rows
+                mean, variance = noise_pred.mean((2, 3, 4)), noise_pred.var((2, 3, 4))
+                kl = 0.1 * (0.5 * (mean**2 + variance - 1 - variance.log())).sum()
+            losses.vsd_loss(images, torch.empty_like(latents)) + kl
+    return saved.total
+
+
 def main() -> None:
     """Prints the bytes of both forms and their ratio."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -95,14 +143,15 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1)
     arguments = parser.parse_args()
     case = (arguments.model, arguments.latents, arguments.batch)
-    published = decoder_bytes("published", *case)
-    print(f"published form: {published / 2**20:.0f} MiB")
-    for label, options in (
-        ("tiue", {}),
-        ("tiue, feed-forward computed again", {"recompute_feed_forward": True}),
-    ):
-        own = decoder_bytes("tiue", *case, **options)
-        print(f"{label}: {own / 2**20:.0f} MiB, {own / published:.2f} x")
+    for part, count in (("decoder", decoder_bytes), ("student's step", step_bytes)):
+        published = count("published", *case)
+        print(f"{part}, published form: {published / 2**20:.0f} MiB")
+        for label, options in (
+            ("tiue", {}),
+            ("tiue, feed-forward computed again", {"recompute_feed_forward": True}),
+        ):
+            own = count("tiue", *case, **options)
+            print(f"{part}, {label}: {own / 2**20:.0f} MiB, {own / published:.2f} x")
 
 
 if __name__ == "__main__":

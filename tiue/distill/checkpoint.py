@@ -183,34 +183,31 @@ class Checkpoints:
         except _UNREADABLE as error:
             raise _unreadable(place, error) from error
 
-    def averaged_state_dict(self) -> dict[str, Tensor]:
-        """The weights to use: the moving average's, or the student's where none is kept.
+    def write_student(self, folder: Path, averaged: bool = True) -> None:
+        """Write the student as a UNet folder; every process must ask.
 
-        Every process must ask; sharded ones get the whole on the main process.
+        Args:
+            folder: The folder; made if missing.
+            averaged: Of the moving average's weights, where one is kept.
         """
-        with averaged_weights(self.student, self.ema):
-            return self._student_state_dict()
-
-    def _student_state_dict(self) -> dict[str, Tensor]:
-        state = self.accelerator.get_state_dict(self.student.network)
-        return {name.removeprefix(_STUDENT_PREFIX): value for name, value in state.items()}
+        network = self.student.network
+        # Written inside: what get_state_dict gives are the parameters, not copies of them.
+        with averaged_weights(self.student, self.ema if averaged else None):
+            state = self.accelerator.get_state_dict(network)
+            if self.accelerator.is_main_process:
+                weights = {name.removeprefix(_STUDENT_PREFIX): w for name, w in state.items()}
+                write_unet(self.accelerator.unwrap_model(network).unet, weights, folder)
 
     def _write_models(self, _models: list[Any], weights: list[Any], output: str) -> None:
         weights.clear()  # else accelerate would write them a second time
-        folder, unwrap = Path(output), self.accelerator.unwrap_model
-        unet, lora_unet = unwrap(self.student.network).unet, unwrap(self.lora.network)
-        main = self.accelerator.is_main_process
-        student = self._student_state_dict()
-        if main:
-            write_unet(unet, student, folder / "unet")
+        folder, lora_unet = Path(output), self.accelerator.unwrap_model(self.lora.network)
+        self.write_student(folder / "unet", averaged=False)
         if self.ema is not None:
-            average = self.averaged_state_dict()
-            if main:
-                write_unet(unet, average, folder / "unet_ema")
+            self.write_student(folder / "unet_ema")
         lora = get_peft_model_state_dict(
             lora_unet, state_dict=self.accelerator.get_state_dict(self.lora.network)
         )
-        if main:
+        if self.accelerator.is_main_process:
             lora_unet.peft_config["default"].save_pretrained(folder / "lora")
             save_file(
                 {_LORA_PREFIX + name: weight.contiguous() for name, weight in lora.items()},

@@ -13,11 +13,13 @@ RECIPES = Path(__file__).parent / "recipes"
 FIELDS = {field.name: field for field in dataclasses.fields(DistillConfig)}
 
 # What may differ between a checkpoint and the run that goes on from it: where and how often things
-# are written, and how long the run is. Everything else decides what the weights become.
+# are written, how long the run is, and what RunState compares (the prompts themselves, and the
+# samples of an update over all processes). Everything else decides what the weights become.
 MAY_CHANGE = frozenset({
     "output", "steps", "resume", "checkpoint_every", "keep_checkpoints", "log_every", "trackers",
     "sample_every", "validation_prompts", "save_pipeline", "verify_embeddings", "cpu",
-    "embedding_cache_mib", "prompts", "prompt_column", "embeddings",
+    "embedding_cache_mib", "prompts", "prompt_column", "embeddings", "batch_size",
+    "gradient_accumulation_steps",
 })  # fmt: skip
 
 

@@ -4,6 +4,7 @@ import logging
 import os
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -20,7 +21,6 @@ from tiue.distill.checkpoint import (
     RunState,
     averaged_weights,
     prepare_output,
-    write_unet,
 )
 from tiue.distill.config import DistillConfig
 from tiue.distill.data import PromptOrder, SampleDraws, prompts_digest, read_prompts
@@ -239,11 +239,11 @@ class Trainer:
         self.guard.load_state_dict(self.state.guard)
 
     def _write_student(self) -> None:
-        output, weights = self.config.output, self.checkpoints.averaged_state_dict()
-        if not self.accelerator.is_main_process:
+        output, main = self.config.output, self.accelerator.is_main_process
+        with whole_folder(output / "unet") if main else nullcontext(output) as written:
+            self.checkpoints.write_student(written)
+        if not main:
             return
-        with whole_folder(output / "unet") as written:
-            write_unet(self.unet, weights, written)
         with whole_folder(output / "scheduler") as written:
             self.scheduler.save_pretrained(written)
         if self.config.save_pipeline:

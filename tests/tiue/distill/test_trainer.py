@@ -1,15 +1,19 @@
 import json
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from peft import PeftModel
+from PIL import Image
 
 from tests.tiue.tiny import tiny_pipeline, tiny_scheduler, tiny_unet
+from tiue import TiUEPipeline, TiUEUNet
 from tiue.distill import distill
 from tiue.distill.checkpoint import list_checkpoints
+from tiue.distill.data import SampleDraws
 from tiue.distill.trainer import Trainer
 from tiue.errors import CheckpointError, InputError, NonFiniteError, OutputError
 
@@ -143,21 +147,54 @@ def test_average_follows_its_warmed_up_decay(make_config):
         torch.testing.assert_close(value, expected, msg=name)
 
 
-def test_sample_hook_gets_the_average_in_evaluation_mode(make_config):
+@pytest.mark.parametrize("ema_decay", [0, 0.9])
+def test_sample_hook_gets_the_average_in_evaluation_mode(make_config, ema_decay):
     seen = []
 
     def on_sample(unet, schedule, step):
-        seen.append((step, unet.training, torch.is_grad_enabled(), unet is trainer.unet))
+        average = trainer.ema.shadow_params if trainer.ema else kept[-1]
+        is_average = all(
+            torch.equal(*pair) for pair in zip(unet.parameters(), average, strict=True)
+        )
+        seen.append((step, unet.training, torch.is_grad_enabled(), is_average))
 
-    trainer = Trainer(make_config(steps=5, sample_every=2, ema_decay=0), on_sample)
+    config = make_config(steps=3, sample_every=2, ema_decay=ema_decay, validation_prompts=("sun",))
+    trainer, kept = Trainer(config, on_sample), []
+    trainer.student.optimizer.optimizer.register_step_post_hook(
+        lambda *_: kept.append([p.detach().clone() for p in trainer.student.parameters])
+    )
     trainer.train()
-    assert seen == [(2, False, False, True), (4, False, False, True)]
+    assert seen == [(2, False, False, True)]
     assert trainer.unet.training
+    # Looking changed nothing: the third update began where the second had ended.
+    again = Trainer(make_config(steps=3, ema_decay=ema_decay))
+    again.train()
+    assert same(trainer.unet.state_dict(), again.unet.state_dict())
 
-    seen.clear()
-    trainer = Trainer(make_config(sample_every=2), on_sample)
-    trainer.train()
-    assert seen == [(2, False, False, False)]
+
+def test_validation_pictures_are_what_the_pipeline_draws(make_config, teacher_folder):
+    config = make_config(
+        steps=2, sample_every=2, validation_prompts=("a new one", "sun"), trackers=("tensorboard",)
+    )
+    trainer = Trainer(config)
+    assert trainer.validation.prompts == ["a new one", "sun"]
+    pictures = []
+    draw = trainer.validation.draw
+    trainer.validation.draw = lambda *arguments: pictures.extend(draw(*arguments)) or pictures
+    output = trainer.train()
+    pipe = TiUEPipeline.from_pretrained(
+        teacher_folder, unet=TiUEUNet.from_pretrained(output / "unet"),
+        scheduler=DDIMScheduler.from_pretrained(output / "scheduler"),
+    )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    noise = SampleDraws(config.seed, range(2), torch.device("cpu")).normal((4, 8, 8))
+    expected = pipe(["a new one", "sun"], latents=noise).images
+    for own, other in zip(pictures, expected, strict=True):
+        difference = np.asarray(own, dtype=int) - np.asarray(other, dtype=int)
+        assert np.abs(difference).max() <= 1
+    sheet = Image.open(output / "samples" / "step-00000002.png")
+    assert sheet.width > 2 * pictures[0].width
+    assert list((output / "logs" / "tiue").glob("events.out.tfevents*"))
 
 
 def test_bfloat16_keeps_trained_weights_in_float32_and_losses_near(make_config):
@@ -214,7 +251,8 @@ def test_nan_stops_the_run_with_its_step_and_loss(make_config, tmp_path):
     config = make_config(student=str(tmp_path))
     with pytest.raises(NonFiniteError, match="vsd is nan at step 1"):
         distill(config)
-    assert list(config.output.iterdir()) == []
+    assert not (config.output / "checkpoints").exists()
+    assert not (config.output / "unet").exists()
 
 
 def test_another_run_is_not_written_over(make_config):
@@ -226,7 +264,22 @@ def test_another_run_is_not_written_over(make_config):
     assert before == after
 
 
-@pytest.mark.parametrize("damaged", ["state.pt", "lora/adapter_model.safetensors", "unet"])
+def test_a_checkpoint_of_another_config_names_what_differs(make_config):
+    output = distill(make_config(steps=1))
+    with pytest.raises(CheckpointError, match=r"learning_rate was 0.001 and is 0.01.*lora_rank"):
+        distill(make_config(output=output, resume=True, learning_rate=0.01, lora_rank=8))
+    with pytest.raises(CheckpointError, match="had 3 samples, and now they have 6"):
+        distill(make_config(output=output, resume=True, gradient_accumulation_steps=2))
+    other = output / "prompts.txt"
+    other.write_text("pizza\n")
+    with pytest.raises(CheckpointError, match="prompts are not those"):
+        distill(make_config(output=output, resume=True, prompts=str(other)))
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    ["custom_checkpoint_0.pkl", "optimizer_1.bin", "lora/adapter_model.safetensors", "unet"],
+)
 def test_a_damaged_checkpoint_is_named(make_config, damaged):
     output = distill(make_config(steps=1))
     newest = list_checkpoints(output / "checkpoints")[-1]
@@ -243,7 +296,7 @@ def test_teacher_without_a_whole_pipeline_gives_none(make_config, teacher_folder
         (tmp_path / part).symlink_to(teacher_folder / part)
     output = distill(make_config(teacher=str(tmp_path), save_pipeline=True, steps=1))
     assert {path.name for path in output.iterdir()} == {
-        "checkpoints", "log.jsonl", "scheduler", "unet",
+        "checkpoints", "config.yaml", "log.jsonl", "scheduler", "summary.json", "unet",
     }  # fmt: skip
 
 
