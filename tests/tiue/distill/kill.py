@@ -17,24 +17,38 @@ from tiue.distill.settings import load_config
 from tiue.distill.trainer import Trainer
 
 
-def fill(trainer: Trainer, value: float) -> None:
-    """Give every weight one value, so that a mixture of two checkpoints would show."""
-    with torch.no_grad():
-        for parameter in (*trainer.student.parameters, *trainer.lora.parameters):
-            parameter.fill_(value)
-        for parameter in trainer.ema.shadow_params:
-            parameter.fill_(value)
+class Marks:
+    """Weights that tell the step: the first ones, a thousandth larger with every step.
+
+    A mixture of two checkpoints would show, and a run can go on from them.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+        self.first = [tensor.detach().clone() for tensor in self.tensors]
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        trainer = self.trainer
+        return [*trainer.student.parameters, *trainer.lora.parameters, *trainer.ema.shadow_params]
+
+    @torch.no_grad()
+    def write(self, step: int) -> None:
+        for tensor, first in zip(self.tensors, self.first, strict=True):
+            tensor.copy_(first * (1 + step / 1000))
+
+    def are_of(self, step: int) -> bool:
+        return self.trainer.step == step and all(
+            torch.equal(tensor, first * (1 + step / 1000))
+            for tensor, first in zip(self.tensors, self.first, strict=True)
+        )
 
 
-def is_whole(trainer: Trainer, step: int) -> bool:
-    tensors = [*trainer.student.parameters, *trainer.lora.parameters, *trainer.ema.shadow_params]
-    return trainer.step == step and all(bool((t == step).all()) for t in tensors)
-
-
-def write_for_ever(trainer: Trainer, told: int) -> None:
+def write_for_ever(marks: Marks, told: int) -> None:
+    trainer = marks.trainer
     while True:
         trainer.state.step += 1
-        fill(trainer, trainer.state.step)
+        marks.write(trainer.state.step)
         os.write(told, b"s")
         trainer._save()
         os.write(told, b"d")
@@ -43,14 +57,14 @@ def write_for_ever(trainer: Trainer, told: int) -> None:
 def main() -> None:
     settings, kills = sys.argv[1:]
     trainer = Trainer(load_config(settings))
-    folder = trainer.checkpoints.folder
+    marks, folder = Marks(trainer), trainer.checkpoints.folder
     draw = random.Random(0)
     acknowledged = 0
     for _ in range(int(kills)):
         reader, writer = os.pipe()
         child = os.fork()
         if child == 0:
-            write_for_ever(trainer, writer)
+            write_for_ever(marks, writer)
         os.close(writer)
         os.read(reader, 1)  # the first write has begun
         time.sleep(draw.uniform(0.0, 0.3))
@@ -65,9 +79,9 @@ def main() -> None:
         newest = int(found[-1].name.split("-")[1]) if found else 0
         whole = True
         if found:
-            fill(trainer, -1.0)
+            marks.write(-1)
             trainer._resume(found[-1])
-            whole = is_whole(trainer, newest)
+            whole = marks.are_of(newest)
         line = {
             "acknowledged": acknowledged, "found": newest, "whole": whole,
             "in_a_write": told.endswith(b"s"),
