@@ -17,7 +17,7 @@ def arguments(make_config, tmp_path):
     config = make_config()
     return [
         "--teacher", config.teacher, "--prompts", config.prompts, "--output", tmp_path / "run",
-        "--steps", 1, "--batch-size", 2, "--lora-rank", 2, "--cpu",
+        "--steps", 1, "--batch-size", 2, "--lora-rank", 2, "--cpu", "--trackers", "tensorboard",
     ]  # fmt: skip
 
 
@@ -41,6 +41,8 @@ def test_settings_reach_the_run(arguments, tmp_path):
 @pytest.mark.parametrize(
     ("option", "value", "said"),
     [
+        ("--learning-rte", 1, "--learning-rate"),
+        ("--config", "sd21", "sd21-base"),
         ("--prompt-drop", 2, "prompt_drop must be from 0 to 1"),
         ("--prompts", "nowhere.txt", "nowhere.txt"),
         ("--teacher", "nowhere", "nowhere"),

@@ -8,9 +8,11 @@ from accelerate.state import AcceleratorState
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from peft import PeftModel
 from PIL import Image
+from typer.testing import CliRunner
 
 from tests.tiue.tiny import tiny_pipeline, tiny_scheduler, tiny_unet
 from tiue import TiUEPipeline, TiUEUNet
+from tiue.cli import app
 from tiue.distill import distill
 from tiue.distill.checkpoint import list_checkpoints
 from tiue.distill.data import SampleDraws
@@ -342,3 +344,24 @@ def test_distillation_reaches_the_teacher(make_config, tmp_path):
     trainer.train()
     # Seeds 0 to 4 leave 0.24 to 0.26 of it; the opposite gradient makes it 4.1 times as long.
     assert distance() < 0.5 * before
+
+
+def test_a_run_and_a_checkpoint_become_complete_pipelines(make_config, tmp_path):
+    output = distill(make_config(steps=2, checkpoint_every=1))
+    newest = list_checkpoints(output / "checkpoints")[-1]
+    for source, weights in ((output, output / "unet"), (newest, newest / "unet_ema")):
+        folder = tmp_path / source.name
+        arguments = ["export", str(source), "--format", "pipeline", "--output", str(folder)]
+        result = CliRunner().invoke(app, arguments)
+        assert result.exit_code == 0, result.output
+        pipe = TiUEPipeline.from_pretrained(folder)
+        pipe.set_progress_bar_config(disable=True)
+        assert same(pipe.unet.state_dict(), weights_of(weights))
+        image = pipe("sun", generator=torch.Generator().manual_seed(0)).images[0]
+        assert np.asarray(image).std() > 0
+        plain = StableDiffusionPipeline.from_pretrained(folder, use_safetensors=True)
+        assert same(plain.unet.state_dict(), weights_of(weights))
+        assert CliRunner().invoke(app, arguments).exit_code == 2  # nothing is written over
+    result = CliRunner().invoke(app, ["export", str(tmp_path), "--format", "pipeline", "-o", "x"])
+    assert result.exit_code == 2
+    assert "holds no student" in result.output
