@@ -43,7 +43,7 @@ def host_library() -> Path:
 
 @pytest.fixture(scope="session")
 def cpu_library() -> Path:
-    """The CPU path's own library, registered; the package goes on without it (`with_library`)."""
+    """The CPU path's own library, registered; the package goes on without it."""
     if shutil.which("g++") is None:
         pytest.skip("no g++: the CPU library cannot be built")
     with one_at_a_time(build.cache_folder()):
@@ -51,6 +51,16 @@ def cpu_library() -> Path:
     if not cpu.loaded():
         torch.ops.load_library(library)
     return library
+
+
+@pytest.fixture
+def with_cpu_library(cpu_library, monkeypatch) -> Iterator[None]:
+    """For one test: others hold float32 to bounds that torch's own convolutions keep."""
+    monkeypatch.setattr(cpu, "_why_not", None)
+    dispatch.reset()
+    yield
+    monkeypatch.undo()
+    dispatch.reset()
 
 
 @pytest.fixture(scope="session")
