@@ -39,6 +39,7 @@ mv out/bench_$(2).json "$$results/bench_$(2).json"
 endef
 
 bench: $(VENV)/.installed-test
+	! command -v g++ > /dev/null || $(BIN)/python -m tiue_kernels.compile cpu
 	@set -e; $(foreach name,$(BENCHES),$(call run_bench,$(name),$(name));)
 	$(BIN)/python -m benchmarks.report
 
@@ -46,6 +47,7 @@ bench: $(VENV)/.installed-test
 SWEEP := --bench-latents 32 --bench-rounds 3 --bench-memory --bench-forms published full-steps tiue
 
 sweep: $(VENV)/.installed-test
+	! command -v g++ > /dev/null || $(BIN)/python -m tiue_kernels.compile cpu
 	@set -e; $(call run_bench,one_pass,one_pass_steps,$(SWEEP) --bench-steps 1 2 4 8); \
 	$(call run_bench,one_pass,one_pass_batch,$(SWEEP) --bench-batch 1 4)
 	$(BIN)/python -m benchmarks.report

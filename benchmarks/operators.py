@@ -49,8 +49,9 @@ class Operator:
 
 
 def kernel_backends(name: str) -> tuple[str, ...]:
-    """The compiled backends that have kernels of this operator; of a composition, none."""
-    return tuple(backend for backend in dispatch.TABLE.get(name, {}) if backend != "reference")
+    """The backends that have GPU kernels of this operator; of a composition, none."""
+    table = dispatch.TABLE.get(name, {})
+    return tuple(backend for backend in table if backend not in dispatch.ON_CPU)
 
 
 def norm_silu(x: torch.Tensor, groups: int, weight: torch.Tensor, bias: torch.Tensor):

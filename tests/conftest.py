@@ -16,6 +16,10 @@ import torch
 
 from tiue_kernels import build, cpu, cuda, dispatch
 
+# A CPU library that lies in the package is for the tests that ask for it (`with_cpu_library`).
+IN_PLACE = cpu.loaded()
+cpu._why_not = "tests ask for it"
+
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
@@ -43,14 +47,24 @@ def host_library() -> Path:
 
 @pytest.fixture(scope="session")
 def cpu_library() -> Path:
-    """The CPU path's own library, registered; the package goes on without it (`with_library`)."""
+    """The CPU path's own library, registered; the package goes on without it."""
     if shutil.which("g++") is None:
         pytest.skip("no g++: the CPU library cannot be built")
     with one_at_a_time(build.cache_folder()):
         library = build.build("cpu", build.cache_folder())
-    if not cpu.loaded():
+    if not IN_PLACE:
         torch.ops.load_library(library)
     return library
+
+
+@pytest.fixture
+def with_cpu_library(cpu_library, monkeypatch) -> Iterator[None]:
+    """For one test: others hold float32 to bounds that torch's own convolutions keep."""
+    monkeypatch.setattr(cpu, "_why_not", None)
+    dispatch.reset()
+    yield
+    monkeypatch.undo()
+    dispatch.reset()
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,7 @@
-"""Which implementation of an operator runs: CUDA C++, Triton or reference, by one table.
+"""Which implementation of an operator runs: CUDA C++, Triton, the CPU library or reference.
 
-Tensors on a CPU take the reference. Tensors on a GPU take the first backend of `PREFERENCE` that
-the table, the installation and the device allow. `use_backend` or the environment variable
+Tensors take the first backend of `PREFERENCE` that the table, the installation and the device
+allow, those on a CPU the first of `ON_CPU`. `use_backend` or the environment variable
 TIUE_BACKEND forces one, or an order of several; a call that none of them can serve raises with
 every reason.
 """
@@ -25,7 +25,9 @@ logger = logging.getLogger(__name__)
 HALF_AND_SINGLE = frozenset({torch.float16, torch.bfloat16, torch.float32})
 ANY_FLOAT = HALF_AND_SINGLE | {torch.float64}
 LAYOUTS = frozenset({"contiguous", "channels_last"})
-PREFERENCE = ("cuda", "triton", "reference")
+PREFERENCE = ("cuda", "triton", "cpu", "reference")
+# Kernels for GPUs run on a CPU too, interpreted or on the host: for tests, where forced.
+ON_CPU = ("cpu", "reference")
 VARIABLE = "TIUE_BACKEND"
 
 
@@ -86,6 +88,14 @@ def _head_sizes(
     return limit
 
 
+def _forward_without_bias(args: tuple[Any, ...], compute_capability: tuple[int, int]) -> str | None:
+    """The limit of attention on a CPU."""
+    if isinstance(args[3], torch.Tensor):
+        return "there is no backward pass"
+    *_, attention_bias = args
+    return None if attention_bias is None else "attention_bias is not supported"
+
+
 _ANYWHERE = Capability(dtypes=ANY_FLOAT, compute_capability=(0, 0))
 _KERNEL = Capability()
 
@@ -98,6 +108,11 @@ TABLE: dict[str, dict[str, Capability]] = {
         "cuda": Capability(limit=_head_sizes({2: 160, 4: 160})),
         # 100 KiB from head size 200 on.
         "triton": Capability(limit=_head_sizes({2: 192, 4: 256})),
+        "cpu": Capability(
+            dtypes=frozenset({torch.float32}),
+            compute_capability=(0, 0),
+            limit=_forward_without_bias,
+        ),
         "reference": _ANYWHERE,
     },
     "geglu": {"triton": _KERNEL, "reference": _ANYWHERE},
@@ -119,7 +134,7 @@ def use_backend(*backends: str) -> Iterator[None]:
     autograd runs backward in threads of its own.
 
     Args:
-        *backends: "cuda", "triton" or "reference", in the order in which to try them.
+        *backends: "cuda", "triton", "cpu" or "reference", in the order in which to try them.
 
     Raises:
         ValueError: there is no such backend, or none is named.
@@ -208,7 +223,7 @@ def _describe(operator: str, args: tuple[Any, ...], is_call: bool = False) -> st
         if not reasons and is_call:
             reasons = list(_limits(operator, backend, key, args))
         if not reasons and backend not in order:
-            reasons = ["tensors on a CPU take the reference"]
+            reasons = [f"tensors on a CPU take {' or '.join(ON_CPU)}"]
             if forced:
                 reasons = [f"{' or '.join(forced)} is forced"]
         if not reasons:
@@ -245,9 +260,8 @@ def _key(args: tuple[Any, ...]) -> _Key:
 
 def _candidates(operator: str, key: _Key) -> tuple[str, ...]:
     """Backends in the order in which an automatic choice tries them."""
-    if key.device != "cuda":
-        return ("reference",)
-    return tuple(backend for backend in PREFERENCE if backend in TABLE[operator])
+    order = ON_CPU if key.device != "cuda" else PREFERENCE
+    return tuple(backend for backend in order if backend in TABLE[operator])
 
 
 @functools.cache
@@ -288,6 +302,13 @@ def _missing(backend: str, operator: str, key: _Key) -> list[str]:
         if key.device not in ("cpu", "cuda"):
             return [f"no kernels for {key.device} tensors"]
         return []
+    if backend == "cpu":
+        from tiue_kernels import cpu
+
+        if key.device != "cpu":
+            return ["its kernels are for tensors on a CPU"]
+        reason = cpu.why_no_products()
+        return [reason] if reason else []
     from tiue_kernels import cuda
 
     reason = cuda.why_not(operator, key.device)

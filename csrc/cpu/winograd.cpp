@@ -14,6 +14,8 @@
 #include <optional>
 #include <vector>
 
+#include "product.h"
+
 // One library for every CPU: the loader picks the widest form that runs here.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define TIUE_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
@@ -90,10 +92,11 @@ struct Map {
   int64_t tiles() const { return rows * tiles_y() * tiles_x(); }
 };
 
-// One channel of one row, x [H, W], to its place in every one of the 36 planes [C, tiles].
-TIUE_CLONES void input_channel(const float* x, const Map& map, float* out, int64_t plane,
+// One channel of one row, x [H, W], to its 36 planes [tiles of the row], one after another.
+TIUE_CLONES void input_channel(const float* x, const Map& map, float* out,
                                std::vector<float>& memory) {
   const int64_t columns = map.tiles_x(), width = kTile * columns + kInput;
+  const int64_t plane = map.tiles_y() * columns;
   // Rows of the map with a border of zeros, after the vertical transform, and taken apart into
   // the four columns of a tile: column m of tile j at [m][j].
   memory.assign(static_cast<size_t>((2 * kInput + 1) * width + 2 * kInput * (columns + 2)), 0.0f);
@@ -127,6 +130,31 @@ TIUE_CLONES void input_channel(const float* x, const Map& map, float* out, int64
     }
   }
 }
+
+// Where a tile's value of one channel and one of the 36 points goes: into planes [C, tiles], or,
+// for our own products, into panels [panels, C, 16 tiles].
+struct Inputs {
+  float* data;
+  int64_t channels, tiles;
+  bool panels;
+
+  int64_t of_point() const { return channels * (panels ? panels_of(tiles) * kPanel : tiles); }
+
+  // The values of n tiles from `first` on.
+  void write(int point, int64_t channel, int64_t first, const float* values, int64_t n) const {
+    float* to = data + point * of_point();
+    if (!panels) {
+      std::memcpy(to + channel * tiles + first, values, n * sizeof(float));
+      return;
+    }
+    for (int64_t i = 0; i < n;) {
+      const int64_t tile = first + i, lane = tile % kPanel, some = std::min(kPanel - lane, n - i);
+      std::memcpy(to + (tile / kPanel * channels + channel) * kPanel + lane, values + i,
+                  some * sizeof(float));
+      i += some;
+    }
+  }
+};
 
 // The 36 planes [C, tiles] of one channel of one row to its outputs [H, W].
 TIUE_CLONES void output_channel(const float* in, int64_t plane, const Map& map, float bias,
@@ -216,19 +244,43 @@ TIUE_CLONES uint64_t fingerprint_row(const float* row, int64_t n) {
 
 }  // namespace
 
-// x [R, C, H, W] -> [36, C, tiles of all rows].
-Tensor winograd_input(Tensor x) {
+// x [R, C, H, W] -> [36, C, tiles of all rows], or [36, panels, C, 16] for winograd_product.
+Tensor winograd_input(Tensor x, bool panels) {
   const Map map{x.size(0), x.size(1), x.size(2), x.size(3)};
-  Tensor out = torch::stable::new_empty(x, {kPoints, map.channels, map.tiles()});
-  const float* data = static_cast<const float*>(x.data_ptr());
-  float* to = static_cast<float*>(out.data_ptr());
   const int64_t tiles = map.tiles(), of_row = map.tiles_y() * map.tiles_x();
+  Tensor out = panels
+                   ? torch::stable::new_empty(x, {kPoints, panels_of(tiles), map.channels, kPanel})
+                   : torch::stable::new_empty(x, {kPoints, map.channels, tiles});
+  const float* data = static_cast<const float*>(x.data_ptr());
+  const Inputs inputs{static_cast<float*>(out.data_ptr()), map.channels, tiles, panels};
   torch::stable::parallel_for(0, map.rows * map.channels, 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> memory;
+    std::vector<float> memory, planes(static_cast<size_t>(kPoints * of_row));
     for (int64_t index = begin; index < end; ++index) {
       const int64_t row = index / map.channels, channel = index % map.channels;
-      input_channel(data + index * map.height * map.width, map, to + channel * tiles + row * of_row,
-                    map.channels * tiles, memory);
+      input_channel(data + index * map.height * map.width, map, planes.data(), memory);
+      for (int point = 0; point < kPoints; ++point) {
+        inputs.write(point, channel, row * of_row, planes.data() + point * of_row, of_row);
+      }
+    }
+  });
+  return out;
+}
+
+// weights [36, n, C] and panels [36, panels, C, 16] of some tiles -> [36, n, tiles].
+Tensor winograd_product(Tensor weights, Tensor panels, int64_t tiles) {
+  constexpr int64_t kTaskRows = 192;
+  const int64_t outputs = weights.size(1), depth = weights.size(2);
+  const int64_t of_point = (outputs + kTaskRows - 1) / kTaskRows;
+  Tensor out = torch::stable::new_empty(weights, {kPoints, outputs, tiles});
+  const float* a = static_cast<const float*>(weights.data_ptr());
+  const float* packed = static_cast<const float*>(panels.data_ptr());
+  float* to = static_cast<float*>(out.data_ptr());
+  torch::stable::parallel_for(0, kPoints * of_point, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t point = task / of_point, row = task % of_point * kTaskRows;
+      multiply(a + (point * outputs + row) * depth, depth, std::min(kTaskRows, outputs - row),
+               packed + point * panels_of(tiles) * depth * kPanel, tiles, depth,
+               to + (point * outputs + row) * tiles, tiles);
     }
   });
   return out;
@@ -257,12 +309,10 @@ void winograd_output(Tensor products, std::optional<Tensor> bias, Tensor out, in
   });
 }
 
-// weight[first_output : first_output + outputs, start : start + channels] of [C_out, C_in, 3, 3] ->
-// [36, outputs, channels].
-Tensor winograd_weight(Tensor weight, int64_t start, int64_t channels, int64_t first_output,
-                       int64_t outputs) {
-  const int64_t stride = weight.size(1) * 9;
-  Tensor out = torch::stable::new_empty(weight, {kPoints, outputs, channels});
+// weight[first_output : first_output + n, start : start + C] of [C_out, C_in, 3, 3] -> out [36, n,
+// C].
+void winograd_weight(Tensor weight, int64_t start, int64_t first_output, Tensor out) {
+  const int64_t outputs = out.size(1), channels = out.size(2), stride = weight.size(1) * 9;
   const float* data = static_cast<const float*>(weight.data_ptr()) + first_output * stride;
   float* to = static_cast<float*>(out.data_ptr());
   torch::stable::parallel_for(0, outputs, 1, [&](int64_t begin, int64_t end) {
@@ -273,7 +323,6 @@ Tensor winograd_weight(Tensor weight, int64_t start, int64_t channels, int64_t f
       }
     }
   });
-  return out;
 }
 
 // 64 bits of the contents of weight[:, start : start + channels], for a cache that cannot be stale.
@@ -297,6 +346,7 @@ int64_t winograd_fingerprint(Tensor weight, int64_t start, int64_t channels) {
 
 STABLE_TORCH_LIBRARY_IMPL(tiue_cpu, CPU, m) {
   m.impl("winograd_input", TORCH_BOX(&tiue::winograd_input));
+  m.impl("winograd_product", TORCH_BOX(&tiue::winograd_product));
   m.impl("winograd_output", TORCH_BOX(&tiue::winograd_output));
   m.impl("winograd_weight", TORCH_BOX(&tiue::winograd_weight));
   m.impl("winograd_fingerprint", TORCH_BOX(&tiue::winograd_fingerprint));

@@ -68,8 +68,7 @@ def test_forms_that_cannot_run_say_why_in_the_json(rows):
     reasons = rows[0]["extra_info"]["not_run"]
     assert not ran & set(reasons)
     assert all(reasons.values())
-    asked = {name for name, form in rivals.FORMS.items() if "cpu" in form.by_default}
-    assert ran | set(reasons) == asked
+    assert ran | set(reasons) == set(default_forms(torch.device("cpu")))
 
 
 def test_cost_is_stated_without_a_clock(rows):

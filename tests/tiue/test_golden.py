@@ -81,13 +81,17 @@ DEVICES = ("cpu", pytest.param("cuda", marks=pytest.mark.gpu))
 
 @pytest.mark.timeout(900)  # the first test of a session that needs csrc compiles it
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("backend", ["triton", "cuda"])
+@pytest.mark.parametrize("backend", ["triton", "cuda", "cpu"])
 def test_kernels_give_the_published_numbers(
     backend: str, device: str, served: set[tuple[str, str]], exact_products, request
 ) -> None:
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-    if backend == "triton":
+    if backend == "cpu":
+        if device == "cuda":
+            pytest.skip("its kernels are for tensors on a CPU")
+        request.getfixturevalue("with_cpu_library")
+    elif backend == "triton":
         pytest.importorskip("triton")
         if device == "cpu":
             if torch.cuda.is_available():

@@ -5,9 +5,15 @@ import copy
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionPipeline,
+)
 from diffusers.utils import logging as diffusers_logging
 from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
 
 from tests.tiue.tiny import (
     TEXT_DIM,
@@ -16,8 +22,9 @@ from tests.tiue.tiny import (
     tiny_scheduler,
     tiny_unet,
 )
+from tests.tiue.unets import make_unet
 from tiue import OnePassSchedule, TiUEPipeline
-from tiue.errors import NonFiniteError
+from tiue.errors import CheckpointError, NonFiniteError
 
 PROMPTS = ["red apple", "rocket"]
 
@@ -239,6 +246,20 @@ def test_a_lora_takes_part_at_its_scale():
     torch.testing.assert_close(scaled(1.0), latents_of(pipe, PROMPTS, latents=noise(2)))
     assert not torch.allclose(scaled(0.5), plain, atol=1e-3)
     assert not torch.allclose(scaled(0.5), scaled(1.0), atol=1e-3)
+
+
+def test_a_lora_of_other_sizes_is_refused_and_leaves_nothing(tmp_path):
+    pipe = make()
+    plain = latents_of(pipe, PROMPTS, latents=noise(2))
+    wider = tuple(2 * width for width in pipe.unet.config.block_out_channels)
+    other = make_unet("sd1", block_out_channels=wider)
+    other.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
+    StableDiffusionPipeline.save_lora_weights(
+        tmp_path, unet_lora_layers=get_peft_model_state_dict(other)
+    )
+    with pytest.raises(CheckpointError, match=r"other sizes .*size mismatch .*to_q"):
+        pipe.load_lora_weights(tmp_path)
+    assert torch.equal(latents_of(pipe, PROMPTS, latents=noise(2)), plain)
 
 
 def ip_adapter_weights(unet) -> dict:

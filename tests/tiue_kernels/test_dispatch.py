@@ -32,7 +32,7 @@ def test_names_that_do_not_exist_are_refused() -> None:
         use_backend("tritn").__enter__()
     with pytest.raises(ValueError, match="no backend 'gpu': choose one of"):
         use_backend("cuda", "gpu").__enter__()
-    with pytest.raises(ValueError, match="name a backend at least: cuda, triton, reference"):
+    with pytest.raises(ValueError, match="name a backend at least: cuda, triton, cpu, reference"):
         use_backend().__enter__()
     with pytest.raises(ValueError, match="no operator 'gelu': choose one of"):
         explain("gelu", x())

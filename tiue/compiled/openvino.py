@@ -115,6 +115,9 @@ class OpenVINOCall:
             "INFERENCE_PRECISION_HINT": "f32",
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+            # Its compiler of fused subgraphs takes the process down on the embedded model's UNet
+            # (2026.4.1).
+            "SNIPPETS_MODE": "DISABLE",
         }
         call = call.copied(torch.device("cpu"))
         try:

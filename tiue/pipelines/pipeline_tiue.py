@@ -386,6 +386,24 @@ class TiUEPipeline(Stages, StableDiffusionPipeline):
             return images, has_nsfw
         return TiUEPipelineOutput(images, has_nsfw)
 
+    def load_lora_weights(self, *args: Any, **kwargs: Any) -> None:
+        """As in diffusers; nothing of a LoRA that does not fit stays behind.
+
+        Raises:
+            CheckpointError: It was made for a model of other sizes.
+        """
+        try:
+            super().load_lora_weights(*args, **kwargs)
+        except RuntimeError as error:
+            lines = [line.strip() for line in str(error).splitlines()]
+            mismatches = [line for line in lines if line.startswith("size mismatch")]
+            if not mismatches:
+                raise
+            raise CheckpointError(
+                "this LoRA was made for a model of other sizes (SD 1.x, SD 2.x and SDXL differ):"
+                f" {mismatches[0]}"
+            ) from error
+
     def check_inputs(self, *args: Any, **kwargs: Any) -> None:
         """The parent's check of a call's arguments; what it finds is an `InputError`."""
         try:

@@ -88,6 +88,8 @@ def save_torch(program: ExportedProgram, path: Path) -> None:
 def save_openvino(program: ExportedProgram, path: Path) -> None:
     """Write a program for OpenVINO, in float32; `openvino.Core().compile_model(path)` runs it.
 
+    OpenVINO 2026.4.1 needs `{"SNIPPETS_MODE": "DISABLE"}` there for small models: it crashes.
+
     Args:
         program: From `export_pipeline`.
         path: An `.xml` file, beside which the `.bin` comes; both are written whole or not at all.

@@ -4,6 +4,7 @@
 everything works, in plain PyTorch.
 """
 
+import functools
 from pathlib import Path
 
 import torch
@@ -11,12 +12,15 @@ import torch
 from tiue_kernels import libraries
 
 SCHEMAS = (
-    "winograd_input(Tensor x) -> Tensor",
+    "winograd_input(Tensor x, bool panels) -> Tensor",
+    "winograd_product(Tensor weights, Tensor panels, int tiles) -> Tensor",
     "winograd_output(Tensor products, Tensor? bias, Tensor(a!) out, int first_row,"
     " int first_channel) -> ()",
-    "winograd_weight(Tensor weight, int start, int channels, int first_output, int outputs)"
-    " -> Tensor",
+    "winograd_weight(Tensor weight, int start, int first_output, Tensor(a!) out) -> ()",
     "winograd_fingerprint(Tensor weight, int start, int channels) -> int",
+    "products_available() -> bool",
+    "attention(Tensor query, Tensor key, Tensor value, int num_heads, float scale)"
+    " -> (Tensor, Tensor)",
 )
 CURE = "TIUE_CPU=1 pip install --no-build-isolation . (needs g++)"
 
@@ -36,3 +40,20 @@ def loaded() -> bool:
 def why_not() -> str | None:
     """Why the library is not loaded, with the cure; None when it is."""
     return _why_not
+
+
+def has_products() -> bool:
+    """Whether the library multiplies matrices here, and is faster at it than what torch calls."""
+    return why_no_products() is None
+
+
+def why_no_products() -> str | None:
+    """Why it does not; None when it does."""
+    return why_not() or _why_no_products()
+
+
+@functools.cache
+def _why_no_products() -> str | None:
+    if torch.ops.tiue_cpu.products_available():
+        return None
+    return "its products are for CPUs with AVX2 and without AVX-512"

@@ -120,3 +120,11 @@ def test_pictures_of_the_embedded_model(backend: str) -> None:
     if backend == "openvino":
         pytest.importorskip("openvino")
     assert np.abs(embedded_pictures(backend) - embedded_pictures(None)).max() <= 2
+
+
+def test_pictures_of_the_embedded_model_by_the_cpu_library(request) -> None:
+    expected = embedded_pictures(None)
+    request.getfixturevalue("with_cpu_library")
+    actual = embedded_pictures(None)
+    assert (actual != expected).any()  # Winograd's sums are others
+    assert np.abs(actual - expected).max() <= 2

@@ -11,20 +11,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from tests.tolerances import WINOGRAD_RELATIVE
-from tiue_kernels import convolution, cpu, winograd
+from tiue_kernels import convolution, winograd
 from tiue_kernels.winograd import POINTS, WeightCache
 
-pytestmark = pytest.mark.usefixtures("with_library")
+pytestmark = pytest.mark.usefixtures("with_cpu_library")
 
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
-
-
-@pytest.fixture
-def with_library(cpu_library, monkeypatch) -> None:
-    """For one test: others hold float32 to bounds that torch's own convolutions keep."""
-    monkeypatch.setattr(cpu, "loaded", lambda: True)
 
 
 @pytest.fixture

@@ -1,0 +1,17 @@
+"""Launcher of csrc/cpu/attention.cpp."""
+
+from __future__ import annotations
+
+import torch
+
+
+def cross_timestep_attention_fwd(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    num_heads: int,
+    scale: float,
+    attention_bias: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
+    return torch.ops.tiue_cpu.attention(query, key, value, num_heads, scale)
