@@ -86,7 +86,8 @@ class Protocol:
         }
         if not changes:
             return self
-        return dataclasses.replace(self, name=f"{self.name} (changed)", **changes)
+        name = self.name.removesuffix(" (changed)")
+        return dataclasses.replace(self, name=f"{name} (changed)", **changes)
 
 
 PRESETS = {
@@ -108,15 +109,15 @@ PRESETS = {
     ),
     "openmoji": Protocol(
         name="openmoji",
-        summary="Offline: 1,000 of the 1,918 OpenMoji names, one picture each, against all 1,918"
+        summary="Offline: 500 of the 1,918 OpenMoji names, one picture each, against all 1,918"
         " pictures that the embedded model was trained on (nothing was held out: the figures say"
         " how well it remembers); features of a small network that ships with the package.",
-        num_prompts=1_000,
+        num_prompts=500,
         resolution=64,
         features="openmoji",
         clip="openmoji",
         lpips="openmoji",
-        kid_subset_size=500,
+        kid_subset_size=250,
     ),
 }
 
