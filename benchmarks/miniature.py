@@ -22,7 +22,7 @@ from PIL import Image
 
 from tiue.cli import OneLineErrors
 from tiue.errors import CheckpointError, InputError
-from tiue.evaluate.evaluation import Settings, evaluate
+from tiue.evaluate.evaluation import Evaluation, Settings, evaluate
 from tiue.evaluate.models import OPENMOJI, OPENMOJI_TEACHER, Model, load_model, weights_hash
 from tiue.evaluate.protocol import METRICS, PRESETS
 from tiue.evaluate.result import load_result, save_result
@@ -249,6 +249,14 @@ def result_path(row: Row, seed: int) -> Path:
     return RESULTS / f"{row.name}-{seed}.json"
 
 
+def settings_of(row: Row, seed: int) -> Settings:
+    """What `tiue evaluate` is told for a row and seed."""
+    # The autoencoder gives one picture of a name: nothing to compare in pairs.
+    metrics = [m for m in METRICS if m != "lpips_diversity" or row.name != "autoencoder"]
+    output = WORK / "evaluations" / f"{row.name}-{seed}"
+    return Settings(PROTOCOL, metrics, output, seed=seed, batch_size=BATCH)
+
+
 def evaluate_row(row: Row, seed: int) -> None:
     """Draw and measure one row with one seed, unless its result is there.
 
@@ -259,16 +267,15 @@ def evaluate_row(row: Row, seed: int) -> None:
     path = result_path(row, seed)
     if path.exists():
         return
-    model = load_row(row)
-    metrics = [m for m in METRICS if m != "lpips_diversity" or row.name != "autoencoder"]
-    output = WORK / "evaluations" / f"{row.name}-{seed}"
-    found = evaluate(Settings(PROTOCOL, metrics, output, seed=seed, batch_size=BATCH), model)
+    settings = settings_of(row, seed)
+    found = evaluate(settings, load_row(row))
     if found is None:
         return
-    found["figures"]["chroma"] = saturation(output / "pictures")
+    found["figures"]["chroma"] = saturation(settings.output / "pictures")
     save_result(found, path)
     if seed == SEEDS[0]:
-        shutil.copy(output / "sheet.png", ROOT / "docs" / "images" / f"miniature-{row.name}.png")
+        sheet = ROOT / "docs" / "images" / f"miniature-{row.name}.png"
+        shutil.copy(settings.output / "sheet.png", sheet)
 
 
 def load_results() -> dict[str, list[dict[str, Any]]]:
@@ -316,6 +323,18 @@ def evaluate_command(
         for row in _rows(rows, ready):
             evaluate_row(row, seed)
             typer.echo(f"{row.name} {seed}")
+
+
+@app.command()
+def draw(
+    rows: Names = None,
+    seeds: Annotated[str, typer.Option(help="Of the noise, with commas.")] = "0,1,2",
+) -> None:
+    """Draw rows without measuring them; `evaluate` then goes on from there."""
+    for seed in map(int, seeds.split(",")):
+        for row in _rows(rows, []):
+            drawn = Evaluation(settings_of(row, seed), load_row(row)).generate()
+            typer.echo(f"{row.name} {seed}: {drawn}")
 
 
 @app.command()

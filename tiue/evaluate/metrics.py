@@ -5,12 +5,16 @@ from __future__ import annotations
 import contextlib
 import io
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tiue.errors import DependencyError, InputError, NonFiniteError
 from tiue.evaluate.protocol import METRICS, NEIGHBOUR_METRICS, Protocol
+
+# The first rank has all features and computes alone: the others are gone, and must not be asked.
+_ALONE: dict[str, Any] = {"sync_on_compute": False}
 
 
 class _Identity(nn.Module):
@@ -135,7 +139,8 @@ def fid(generated: Tensor, reference: Tensor) -> float:
     generated, reference = _pair(generated, reference)
     width = generated.shape[1]
     _need("fid", width + 1, generated, reference)
-    metric = FrechetInceptionDistance(feature=_Identity(width)).set_dtype(torch.float64)
+    metric = FrechetInceptionDistance(feature=_Identity(width), **_ALONE)
+    metric.set_dtype(torch.float64)
     # A shift moves both sets alike, and keeps sum of squares minus square of sums from cancelling.
     centre = reference.mean(0)
     metric.update(reference - centre, real=True)
@@ -172,7 +177,9 @@ def kid(
     identity = _Identity(generated.shape[1])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that it keeps the features: they are here
-        metric = KernelInceptionDistance(feature=identity, subsets=subsets, subset_size=subset_size)
+        metric = KernelInceptionDistance(
+            feature=identity, subsets=subsets, subset_size=subset_size, **_ALONE
+        )
     metric.update(reference, real=True)
     metric.update(generated, real=False)
     with torch.random.fork_rng(devices=[]):  # it draws from the default generator

@@ -119,7 +119,7 @@ def measure(network: OpenMojiFeatures, pictures: Pictures) -> dict[str, Any]:
 
 @app.command()
 def train(
-    steps: Annotated[int, typer.Option(min=1, help="Updates.")] = 2500,
+    steps: Annotated[int, typer.Option(min=1, help="Updates.")] = 1600,
     seed: Annotated[int, typer.Option(min=0, help="Of weights and augmentation.")] = 0,
     output: Annotated[Path, typer.Option(help="File of the weights.")] = WEIGHTS,
     work: Work = DEFAULT_WORK,

@@ -55,7 +55,7 @@ class Artist:
 def inputs(tmp_path_factory):
     """A prompt list, a folder of 120 real pictures, and one of 100 that a model might have made."""
     folder = tmp_path_factory.mktemp("inputs")
-    (folder / "prompts.txt").write_text("".join(f"thing {'x' * (i % 9)}{i}\n" for i in range(130)))
+    (folder / "prompts.txt").write_text("".join(f"{'x' * (i % 9)}{i}\n" for i in range(130)))
     for name, count, first in (("real", 120, 10_000), ("made", 100, 20_000)):
         (folder / name).mkdir()
         for i in range(count):
@@ -266,10 +266,11 @@ def test_the_command_draws_on_two_ranks_what_it_draws_on_one(tiny, inputs, tmp_p
     assert "LPIPS diversity  not computed: not asked for" in alone.output
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     words = [str(word) for word in command(tiny, inputs, tmp_path / "two")]
-    subprocess.run(
+    done = subprocess.run(
         [*launch, "-m", "tiue.evaluate", *words],
-        check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=200,
+        capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=200,
     )  # fmt: skip
+    assert done.returncode == 0, done.stderr
     one, two = (load_result(tmp_path / name / "result.json") for name in ("one", "two"))
     assert one["figures"] == two["figures"]
     assert (one["drawn_now"], two["drawn_now"]) == (100, 52)
