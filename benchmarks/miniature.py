@@ -48,7 +48,9 @@ class Row:
         steps: Of the loop over the whole UNet; None for the one pass.
         num_decoder_steps: K of the one pass.
         training: What differs from `RECIPE`, for a student that is distilled here; None for
-            weights that ship with the package.
+            weights that are there.
+        folder: Of a student that was distilled before; None for the shipped one.
+        how: The command that made it.
     """
 
     name: str
@@ -56,11 +58,13 @@ class Row:
     steps: int | None = None
     num_decoder_steps: int | None = None
     training: dict[str, Any] | None = field(default=None)
+    folder: Path | None = None
+    how: str = ""
 
 
 # The shipped student's recipe (tiue/openmoji/config.py) at a length that a CPU trains in minutes.
 RECIPE: dict[str, Any] = {
-    "steps": 200,
+    "steps": 100,
     "batch_size": 16,
     "learning_rate": StudentConfig.learning_rate,
     "guidance_scale": StudentConfig.guidance_scale,
@@ -84,6 +88,13 @@ ROWS = {
         Row("teacher-lcm-4", "teacher under LCM's sampler, 4 steps, not distilled", steps=4),
         Row("teacher-one-pass", "teacher in one pass, K = 4, not distilled", num_decoder_steps=4),
         Row("student-k4", "shipped student, K = 4", num_decoder_steps=4),
+        Row(
+            "student-k1",
+            "model card's student, K = 1, as SwiftBrush",
+            num_decoder_steps=1,
+            folder=ROOT / "runs" / "openmoji" / "student-k1",
+            how="torchrun --nproc-per-node 2 -m tiue.openmoji.train student -k 1 --steps 500",
+        ),
         *(
             Row(f"student-drawn-{k}", f"shipped student, drawn with K = {k}", num_decoder_steps=k)
             for k in (1, 2, 8)
@@ -114,7 +125,14 @@ ROWS = {
 
 def student_folder(row: Row) -> Path:
     """Where a student that is distilled here lies."""
-    return WORK / "students" / row.name
+    return row.folder or WORK / "students" / row.name
+
+
+def is_ready(row: Row) -> bool:
+    """Whether a row's weights are there."""
+    if row.training is None and row.folder is None:
+        return True
+    return (student_folder(row) / "unet").is_dir()
 
 
 def distil(row: Row) -> Path:
@@ -173,15 +191,14 @@ def load_row(row: Row) -> Model:
         return _teacher_one_pass(row.num_decoder_steps or 4)
     if row.steps is not None:
         return load_model(OPENMOJI_TEACHER, CPU, torch.float32, num_inference_steps=row.steps)
+    if not is_ready(row):
+        how = row.how or f"python -m benchmarks.miniature train {row.name}"
+        raise CheckpointError(f"no student in {student_folder(row)}: run `{how}`")
     folder = None
-    if row.training is not None:
+    if row.training is not None or row.folder is not None:
         folder = student_folder(row)
-        if not (folder / "unet").is_dir():
-            raise CheckpointError(
-                f"no student in {folder}: run `python -m benchmarks.miniature train {row.name}`"
-            )
     model = load_model(OPENMOJI, CPU, torch.float32, row.num_decoder_steps or 4, student=folder)
-    if folder is not None:
+    if folder is not None and row.training is not None:
         model.facts["training"] = json.loads((folder / "settings.json").read_text())
     return model
 
@@ -314,11 +331,7 @@ def evaluate_command(
     seeds: Annotated[str, typer.Option(help="Of the noise, with commas.")] = "0,1,2",
 ) -> None:
     """Draw and measure rows, by default those whose weights are there."""
-    ready = [
-        row
-        for row in ROWS.values()
-        if row.training is None or (student_folder(row) / "unet").is_dir()
-    ]
+    ready = [row for row in ROWS.values() if is_ready(row)]
     for seed in map(int, seeds.split(",")):
         for row in _rows(rows, ready):
             evaluate_row(row, seed)

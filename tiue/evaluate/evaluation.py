@@ -335,6 +335,12 @@ class Evaluation:
     def _diversity(self) -> tuple[float, float]:
         assert self.maps is not None
         found = pictures.scan_folder(self.settings.output / "diversity")
+        chosen = (self.prompts or [])[: self.protocol.diversity_prompts]
+        if len(found.paths) != len(chosen) * self.protocol.diversity_images:
+            raise InputError(
+                f"{self.settings.output / 'diversity'} holds {len(found.paths)} pictures of"
+                f" {len(chosen)} prompts: remove what is not of this evaluation"
+            )
         groups = pictures.read_batches(
             found.paths, self.protocol.resolution, self.protocol.diversity_images
         )

@@ -7,6 +7,7 @@ ships with the package (a few hundred kB), so that figures of two machines are o
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -102,16 +103,21 @@ def save_network(network: OpenMojiFeatures, facts: dict[str, Any], path: Path = 
     replace(path, lambda beside: save_file(tensors, beside, metadata=metadata))
 
 
-@torch.no_grad()
-def encode_names(names: list[str]) -> Tensor:
-    """Encode texts [N] by the embedded model's text encoder: its pooled output, [N, 192]."""
+@cache
+def _text_encoder() -> tuple[Any, Any]:
     from transformers import AutoTokenizer, CLIPTextModel
 
     from tiue.openmoji import WEIGHTS as MODEL
 
     folder = MODEL / "teacher"
     tokenizer = AutoTokenizer.from_pretrained(folder, subfolder="tokenizer")
-    encoder = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder").float().eval()
+    return tokenizer, CLIPTextModel.from_pretrained(folder, subfolder="text_encoder").float().eval()
+
+
+@torch.no_grad()
+def encode_names(names: list[str]) -> Tensor:
+    """Encode texts [N] by the embedded model's text encoder: its pooled output, [N, 192]."""
+    tokenizer, encoder = _text_encoder()
     ids = tokenizer(
         names,
         padding="max_length",
