@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from tests.tiue.evaluate.test_features import save_inception
 from tests.tiue.test_cli import run
 from tests.tiue.tiny import tiny_pipeline
 from tiue.errors import InputError, OutputError
@@ -20,6 +21,7 @@ from tiue.evaluate.models import Model, load_model
 from tiue.evaluate.openmoji import OpenMojiExtractor
 from tiue.evaluate.protocol import METRICS, PRESETS
 from tiue.evaluate.result import compare, load_result, table
+from tiue.evaluate.weights import file_hash
 
 PROTOCOL = PRESETS["openmoji"].changed(
     num_prompts=100, kid_subset_size=50, kid_subsets=4, diversity_prompts=2, diversity_images=3
@@ -281,6 +283,53 @@ def test_the_command_draws_on_two_ranks_what_it_draws_on_one(tiny, inputs, tmp_p
     order = torch.randperm(130, generator=torch.Generator().manual_seed(0))
     want = np.asarray(model.draw([prompt[order[17]]], [17])[0], dtype=int)
     assert np.abs(picture - want).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--preset", "coco2017-5k"], "give their folder with --reference"),
+        (["--preset", "coco2017-5k", "--reference", "{real}"], "give the prompts to draw with"),
+        (["--preset", "coco2014-30k", "--reference", "{real}", "--prompts", "{prompts}"],
+         "draws 30000 prompts and the list holds 130"),
+        (["--preset", "coco2017-5k", "--reference", "{real}", "--prompts", "{prompts}",
+          "--num-prompts", "100"], "inception-2015-12-05.pt"),
+        (["--metrics", "fid,beauty"], "no metric beauty"),
+        (["--pictures", "{real}"], "give either --model or --pictures"),
+        (["--num-prompts", "90"], "fid needs 97 generated pictures and there are 90"),
+    ],
+)  # fmt: skip
+def test_errors_of_the_command_are_one_line(
+    tiny, inputs, tmp_path, monkeypatch, arguments, message
+):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    places = {"real": inputs / "real", "prompts": inputs / "prompts.txt"}
+    words = [argument.format(**places) for argument in arguments]
+    result = run("evaluate", "--model", tiny, "--output", tmp_path / "out", *words)
+    assert result.exit_code == 2
+    assert len(result.stderr.splitlines()) == 1
+    assert message in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_coco_with_local_files(tiny, inputs, tmp_path):
+    """The preset's own path: Inception from a file, captions as COCO publishes them."""
+    path = save_inception(tmp_path / "inception.pt", width=2048)
+    entries = [{"image_id": i, "id": i, "caption": f"{i} letters"} for i in range(20)]
+    captions = tmp_path / "captions_val2017.json"
+    captions.write_text(json.dumps({"annotations": entries}))
+    protocol = PRESETS["coco2017-5k"].changed(num_prompts=12, generated_size=32)
+    found = evaluate(
+        Settings(
+            protocol, ["precision", "coverage"], tmp_path / "out", model=str(tiny),
+            reference=inputs / "real", prompts=captions, features_weights=str(path),
+            progress=False,
+        )
+    )  # fmt: skip
+    assert found["extractors"]["features"]["sha256"] == file_hash(path)
+    assert found["counts"] == {"generated": 12, "reference": 120, "skipped": 0}
+    assert found["reference"] == {"folder": "real", "enlarged": 120}
+    assert set(found["figures"]) == {"precision", "coverage"}
 
 
 def test_steps_of_the_whole_unet(tiny):
