@@ -86,7 +86,10 @@ ROWS = {
         Row("autoencoder", "the pictures themselves through the autoencoder"),
         *(Row(f"teacher-{n}", f"teacher, {n} steps", steps=n) for n in (4, 10, 25, 50)),
         Row("teacher-lcm-4", "teacher under LCM's sampler, 4 steps, not distilled", steps=4),
-        Row("teacher-one-pass", "teacher in one pass, K = 4, not distilled", num_decoder_steps=4),
+        *(
+            Row(name, f"teacher in one pass, K = {k}, not distilled", num_decoder_steps=k)
+            for name, k in (("teacher-one-pass", 4), ("teacher-one-pass-1", 1))
+        ),
         Row("student-k4", "shipped student, K = 4", num_decoder_steps=4),
         Row(
             "student-k1",
@@ -112,6 +115,12 @@ ROWS = {
             "k4-guided",
             "distilled here, K = 4, LoRA guided as the teacher",
             lora_guidance_scale=StudentConfig.guidance_scale,
+        ),
+        _student(
+            4,
+            "k4-unguided",
+            "distilled here, K = 4, neither teacher nor LoRA guided",
+            guidance_scale=1.0,
         ),
         *(
             _student(k, f"k{k}-seed-{seed}", f"distilled here, K = {k}, training seed {seed}",
@@ -187,7 +196,7 @@ def load_row(row: Row) -> Model:
         return _reconstruction()
     if row.name == "teacher-lcm-4":
         return _lcm(row.steps or 4)
-    if row.name == "teacher-one-pass":
+    if row.name.startswith("teacher-one-pass"):
         return _teacher_one_pass(row.num_decoder_steps or 4)
     if row.steps is not None:
         return load_model(OPENMOJI_TEACHER, CPU, torch.float32, num_inference_steps=row.steps)
