@@ -69,8 +69,8 @@ def test_verdicts(better, worse, verdict):
 
 
 def test_a_figure_is_mean_and_spread():
-    assert cell(results(k1=[1.0, 2.0, 3.0])["k1"], "fid") == "2.00 ± 1.00"
-    assert cell(results(k1=[1.0])["k1"], "fid") == "1.00"
+    assert cell(results(k1=[1.0, 2.0, 3.0])["k1"], "fid") == "2.000 ± 1.000"
+    assert cell(results(k1=[1.0])["k1"], "fid") == "1.000"
     assert cell(results(k1=[1.0])["k1"], "recall") == ""
 
 
