@@ -19,12 +19,14 @@ from benchmarks.miniature import (
     load_results,
 )
 from tiue.evaluate.result import LABELS
+from tiue.evaluate.result import table as lay_out
 
 PAGE = ROOT / "docs" / "miniature.md"
 IMAGES = ROOT / "docs" / "images"
 QUALITY, SIMILARITY = "miniature-quality.png", "miniature-similarity.png"
 FIGURES = (*LABELS, "chroma")
 NOT_RUN = "not run"
+COMMAND = "command.json"
 SHEETS = ("autoencoder", "teacher-25", "student-k4", "student-k1", "teacher-one-pass")
 
 Results = dict[str, list[dict[str, Any]]]
@@ -364,6 +366,16 @@ def page(results: Results, costs: dict[str, Any] | None, similarity: dict[str, A
     else:
         draw_similarity(similarity)
         parts.append(_similarity_text(similarity))
+    command = _read(COMMAND)
+    if command is not None:
+        parts.append(
+            "## What `tiue evaluate --model openmoji --preset openmoji` prints\n\n"
+            f"```\n{lay_out(command)}\n```\n\n"
+            f"{command['seconds']['generation']:.0f} s of drawing"
+            f" ({command['drawn_now']} pictures) and {command['seconds']['metrics']:.0f} s of"
+            f" features and metrics; the JSON is `benchmarks/results/miniature/{COMMAND}`. It draws"
+            " in other batches than the table's row, so the last digits may differ."
+        )
     sheets = [name for name in (*SHEETS, "k1", "k4") if (sheet := _sheet(name)) and sheet.exists()]
     if sheets:
         parts.append("## Contact sheets\n\nThe first 20 names of the protocol, seed 0.")
