@@ -117,6 +117,9 @@ ROWS = {
             lora_guidance_scale=StudentConfig.guidance_scale,
         ),
         _student(
+            4, "k4-slow", "distilled here, K = 4, learning rate 1e-5", learning_rate=1e-5
+        ),
+        _student(
             4,
             "k4-unguided",
             "distilled here, K = 4, neither teacher nor LoRA guided",
