@@ -259,8 +259,8 @@ def draw_quality(results: Results, costs: dict[str, Any]) -> bool:
         axes.set_xlabel("multiply-adds of the UNet a picture, M")
         axes.set_ylabel(LABELS[name] + (", lower is better" if name == "fid" else ""))
         axes.grid(alpha=0.3)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize=8)
+        if name == "fid" and drawn:
+            axes.legend(fontsize=7)
     if drawn:
         figure.savefig(IMAGES / QUALITY, dpi=110, metadata={"Software": None})
     return drawn
