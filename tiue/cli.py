@@ -1,4 +1,4 @@
-"""The command line: `tiue generate | distill | embed-text | export | info`."""
+"""The command line: `tiue generate | distill | embed-text | evaluate | compare | export | info`."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from tiue.devices import Dtype, find_device, find_dtype
 from tiue.distill.command import distill_command, embed_text_command
 from tiue.errors import DivergenceError, InputError, NonFiniteError, OutputError, TiUEError
+from tiue.evaluate.command import compare_command, evaluate_command
 
 # torch, diffusers and transformers take seconds to import: the commands import them, so that
 # --help and usage errors come at once.
@@ -48,15 +50,6 @@ app = typer.Typer(
     help="Text to image in one pass: the UNet's encoder runs once, its decoder for all timesteps"
     " at once.",
 )
-
-
-class Dtype(str, Enum):
-    """Floating point types on offer."""
-
-    auto = "auto"
-    float32 = "float32"
-    float16 = "float16"
-    bfloat16 = "bfloat16"
 
 
 @app.command()
@@ -135,8 +128,8 @@ def generate(
 
     from tiue.images import contact_sheet, save_image
 
-    place = _device(device)
-    pipe = _load(model, _dtype(dtype, place)).to(place)
+    place = find_device(device)
+    pipe = _load(model, find_dtype(dtype, place)).to(place)
     pipe.set_progress_bar_config(disable=None, leave=False)  # None: on a terminal only
     jobs = [(prompt, seed + index) for prompt in prompts for index in range(num_images)]
     names = _file_names(jobs)
@@ -172,6 +165,8 @@ def generate(
 
 app.command("distill")(distill_command)
 app.command("embed-text")(embed_text_command)
+app.command("evaluate")(evaluate_command)
+app.command("compare")(compare_command)
 
 
 class ExportFormat(str, Enum):
@@ -264,7 +259,7 @@ def info() -> None:
         except importlib.metadata.PackageNotFoundError:
             version = "not installed"
         typer.echo(f"{package:14} {version}")
-    device = _device("auto")
+    device = find_device("auto")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
     typer.echo(f"{'device':14} {device} {name}".rstrip())
     typer.echo(f"{'OpenMoji model':14} {'in this package' if WEIGHTS.is_dir() else 'missing'}")
@@ -281,29 +276,6 @@ def _check_writable(folder: Path) -> None:
         raise OutputError(
             f"cannot write to {folder} ({error.strerror}); give another folder with --output"
         ) from error
-
-
-def _device(name: str) -> torch.device:
-    import torch
-
-    found = torch.accelerator.current_accelerator(check_available=True)
-    if name == "auto":
-        return found or torch.device("cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        usable = f"cpu or {found}" if found else "cpu"
-        raise InputError(f"no device {name!r} here; use {usable}") from error
-    return device
-
-
-def _dtype(name: Dtype, device: torch.device) -> torch.dtype:
-    import torch
-
-    if name is Dtype.auto:
-        return torch.float16 if device.type == "cuda" else torch.float32
-    return getattr(torch, name.value)
 
 
 def _load(model: str | None, dtype: torch.dtype) -> TiUEPipeline:

@@ -171,9 +171,11 @@ def test_info_names_versions_device_and_kernels():
 @pytest.mark.parametrize(
     ("command", "words"),
     [
-        ([], ["generate", "distill", "info"]),
+        ([], ["generate", "distill", "evaluate", "compare", "info"]),
         (["generate"], ["--seed", "--output", "--model", "--num-decoder-steps", "PROMPTS"]),
         (["distill"], ["--teacher", "--prompts", "--output"]),
+        (["evaluate"], ["--model", "--preset", "--reference", "--skip-unreadable"]),
+        (["compare"], ["A.JSON", "B.JSON", "--anyway"]),
     ],
 )
 def test_help_comes_without_loading_torch(command, words):

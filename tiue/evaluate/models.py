@@ -1,0 +1,123 @@
+"""Models as functions of prompts and seeds, with what a result must say of them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from tiue.errors import InputError
+
+OPENMOJI, OPENMOJI_TEACHER = "openmoji", "openmoji-teacher"
+
+# Prompts and one seed for each, to as many pictures.
+Draw = Callable[[list[str], list[int]], list[Image.Image]]
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model that is ready to draw.
+
+    Attributes:
+        draw: Prompts and seeds to pictures; a seed means the same noise on every device.
+        facts: What the pictures depend on; two runs with equal facts draw the same.
+    """
+
+    draw: Draw
+    facts: dict[str, Any]
+
+
+def load_model(
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    num_decoder_steps: int = 4,
+    num_inference_steps: int | None = None,
+    guidance_scale: float | None = None,
+    size: int | None = None,
+    student: Path | None = None,
+) -> Model:
+    """Load a model to evaluate.
+
+    Args:
+        name: Folder or hub id of a Stable Diffusion pipeline, `openmoji` or `openmoji-teacher`.
+        device: To draw on.
+        dtype: Of its weights.
+        num_decoder_steps: K of the one pass.
+        num_inference_steps: Steps of the plain loop over the whole UNet instead of the one pass;
+            `openmoji-teacher` knows no other and takes 25 by default.
+        guidance_scale: Classifier-free guidance; by default 1 (none) for the one pass, 2.5 for
+            `openmoji-teacher`, 7.5 for other loops.
+        size: Height and width in pixels; the model's own by default.
+        student: A folder with `unet/` and `scheduler/`, drawn with instead of those of `openmoji`.
+
+    Returns:
+        The model.
+
+    Raises:
+        CheckpointError: It cannot be loaded.
+        InputError: `student` with another model than `openmoji`.
+    """
+    from diffusers import StableDiffusionPipeline
+
+    import tiue
+    from tiue.openmoji import load_openmoji_teacher
+    from tiue.openmoji.config import GUIDANCE_SCALE, TEACHER_STEPS
+
+    if student is not None and name != OPENMOJI:
+        raise InputError(f"--student goes with --model {OPENMOJI}, not with {name}")
+    pipe: Any
+    if name == OPENMOJI_TEACHER:
+        pipe = load_openmoji_teacher(torch_dtype=dtype)
+        num_inference_steps = num_inference_steps or TEACHER_STEPS
+        guidance_scale = GUIDANCE_SCALE if guidance_scale is None else guidance_scale
+    elif name == OPENMOJI:
+        pipe = tiue.load_openmoji(torch_dtype=dtype, student=student)
+    else:
+        pipe = tiue.TiUEPipeline.from_pretrained(name, torch_dtype=dtype)
+    if num_inference_steps is not None and not isinstance(pipe, StableDiffusionPipeline):
+        raise InputError(f"{name} has no loop to run {num_inference_steps} steps of")
+    if num_inference_steps is not None:
+        pipe = StableDiffusionPipeline(**pipe.components, requires_safety_checker=False)
+        settings: dict[str, Any] = {
+            "num_inference_steps": num_inference_steps,
+            "guidance_scale": 7.5 if guidance_scale is None else guidance_scale,
+        }
+    else:
+        settings = {
+            "num_decoder_steps": num_decoder_steps,
+            "guidance_scale": 1.0 if guidance_scale is None else guidance_scale,
+        }
+    if size is not None:
+        settings |= {"height": size, "width": size}
+    pipe = pipe.to(device)
+    pipe.set_progress_bar_config(disable=True)
+    facts = {
+        "model": Path(name).name if Path(name).is_dir() else name,
+        "weights_sha256": weights_hash(pipe),
+        "scheduler": type(pipe.scheduler).__name__,
+        "dtype": str(dtype).removeprefix("torch."),
+        **settings,
+    }
+
+    def draw(prompts: list[str], seeds: list[int]) -> list[Image.Image]:
+        # From the CPU whatever the device: a seed means the same noise everywhere.
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        return pipe(prompts, generator=generators, **settings).images
+
+    return Model(draw, facts)
+
+
+def weights_hash(pipe: Any) -> str:
+    """The SHA-256 of the UNet's, text encoder's and VAE's tensors, names and bytes in order."""
+    digest = hashlib.sha256()
+    for part in ("unet", "text_encoder", "vae"):
+        for name, tensor in sorted(getattr(pipe, part).state_dict().items()):
+            digest.update(f"{part}.{name}".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
