@@ -113,8 +113,9 @@ class OnePassSchedule:
         return cls(
             timesteps=timesteps,
             latent_coefficient=coefficients[0].item(),
-            noise_coefficients=coefficients[1:],
-            encoder_timestep=timesteps[0],
+            # Copies: torch.compile would look at the sizes of what they are views of.
+            noise_coefficients=coefficients[1:].clone(),
+            encoder_timestep=timesteps[0].clone(),
             prediction_type=scheduler.config.get("prediction_type", "epsilon"),
             init_noise_sigma=init_noise_sigma,
             model_input_scale=model_input_scale,

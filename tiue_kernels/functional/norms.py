@@ -110,11 +110,12 @@ def timestep_sum_group_norm_silu(
     checks = Checks("timestep_sum_group_norm_silu")
     checks.maps(hidden=hidden)
     timesteps = coefficients.shape[0] if coefficients.ndim == 1 else 0
-    checks.require(
-        timesteps > 0 and hidden.shape[0] % max(timesteps, 1) == 0,
-        f"coefficients must be [K] with K a divisor of the {hidden.shape[0]} rows, got "
-        f"{tuple(coefficients.shape)}",
-    )
+    if timesteps == 0 or hidden.shape[0] % timesteps:
+        # Not `require`: torch.compile would take the number of rows, once in a text, for fixed.
+        checks.fail(
+            f"coefficients must be [K] with K a divisor of the {hidden.shape[0]} rows, got "
+            f"{tuple(coefficients.shape)}"
+        )
     checks.norm(hidden.shape[1], num_groups, weight, bias)
     checks.tensors(hidden=hidden, weight=weight, bias=bias)
     coefficients = coefficients.to(hidden.device)

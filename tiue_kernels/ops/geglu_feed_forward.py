@@ -36,11 +36,11 @@ def _run_fwd(
         out = F.linear(geglu.forward(projection), weight, bias)
         kept = projection.unflatten(0, x.shape[:-1]) if keep else out.new_empty(0)
         return out.view(shape), kept, *stats
-    chunks = [
-        F.linear(geglu.forward(F.linear(chunk, projection_weight, projection_bias)), weight, bias)
-        for chunk in tokens.split(CHUNK)
-    ]
-    return torch.cat(chunks).view(shape), weight.new_empty(0), *stats
+    out = tokens.new_empty(len(tokens), weight.shape[0])
+    for chunk, part in zip(tokens.split(CHUNK), out.split(CHUNK), strict=True):
+        hidden = geglu.forward(F.linear(chunk, projection_weight, projection_bias))
+        part.copy_(F.linear(hidden, weight, bias))
+    return out.view(shape), weight.new_empty(0), *stats
 
 
 def _fake_fwd(
