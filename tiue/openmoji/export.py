@@ -16,7 +16,7 @@ from tiue.openmoji.student import student_folder
 
 
 def export_weights(work: Path, output: Path) -> None:
-    """Writes `teacher/` and, where there is one, `student/`; each appears whole or not at all.
+    """Writes those of `teacher/` and `student/` that are trained; each appears whole or not at all.
 
     Args:
         work: the work folder of the training commands.
@@ -24,24 +24,32 @@ def export_weights(work: Path, output: Path) -> None:
             scheduler (text encoder, tokenizer and autoencoder are the teacher's).
 
     Raises:
-        CheckpointError: if teacher or decoder are not trained yet.
+        CheckpointError: if neither is trained yet, or a teacher has no decoder.
     """
-    source = work / "teacher" / "pipeline"
-    if not source.is_dir():
+    teacher, student = work / "teacher" / "pipeline", student_folder(work, DECODER_STEPS)
+    has_student = (student / "unet").is_dir()
+    if teacher.is_dir():
+        _export_teacher(teacher, work / "decoder", output / "teacher")
+    elif not has_student:
         raise CheckpointError(
-            f"no teacher in {source}: run `python -m tiue.openmoji.train teacher`"
+            f"no teacher in {teacher} and no student in {student}: run `python -m "
+            "tiue.openmoji.train teacher` or `... student`"
         )
+    if has_student:
+        _export_student(student, output / "student")
+
+
+def _export_teacher(source: Path, decoder: Path, place: Path) -> None:
     # The teacher's training saw latents only; the decoder was trained on meanwhile.
-    vae = load_autoencoder(work / "decoder").half()
+    vae = load_autoencoder(decoder).half()
     pipeline = StableDiffusionPipeline.from_pretrained(source, vae=vae, torch_dtype=torch.float16)
-    with _Replacing(output / "teacher") as folder:
+    with _Replacing(place) as folder:
         pipeline.save_pretrained(folder)
         _forget_origin(folder)
 
-    source = student_folder(work, DECODER_STEPS)
-    if not (source / "unet").is_dir():
-        return
-    with _Replacing(output / "student") as folder:
+
+def _export_student(source: Path, place: Path) -> None:
+    with _Replacing(place) as folder:
         unet = UNet2DConditionModel.from_pretrained(source / "unet", torch_dtype=torch.float16)
         unet.save_pretrained(folder / "unet")
         DDIMScheduler.from_pretrained(source / "scheduler").save_pretrained(folder / "scheduler")

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from tiue.distill import distill, load_config
-from tiue.errors import CheckpointError
 from tiue.openmoji.data import Pictures, write_prompts
 
 
@@ -18,31 +17,25 @@ def student_folder(work: Path, num_decoder_steps: int) -> Path:
 def train_student(
     pictures: Pictures, work: Path, num_decoder_steps: int, resume: bool = False, **settings: Any
 ) -> Path:
-    """Distils the teacher of the work folder by the recipe `openmoji`.
+    """Distils the teacher of the work folder, or else the shipped one, by the recipe `openmoji`.
 
     Args:
         pictures: only their prompts are used.
-        work: holds `teacher/pipeline`; receives `prompts.txt` and `student-k<K>/`.
+        work: may hold `teacher/pipeline`; receives `prompts.txt` and `student-k<K>/`.
         num_decoder_steps: K.
         resume: go on from the newest checkpoint.
         **settings: other fields of `DistillConfig`, over the recipe's.
 
     Returns:
         The student's folder: `unet/`, `scheduler/`, `checkpoints/`, `log.jsonl`.
-
-    Raises:
-        CheckpointError: if the teacher is not there yet.
     """
     teacher = work / "teacher" / "pipeline"
-    if not teacher.is_dir():
-        raise CheckpointError(
-            f"no teacher in {teacher}: run `python -m tiue.openmoji.train teacher`"
-        )
+    if teacher.is_dir():
+        settings["teacher"] = str(teacher)
     write_prompts(pictures, work / "prompts.txt")
     return distill(
         load_config(
             "openmoji",
-            teacher=str(teacher),
             prompts=str(work / "prompts.txt"),
             output=student_folder(work, num_decoder_steps),
             num_decoder_steps=num_decoder_steps,

@@ -94,7 +94,10 @@ def student(
     seed: Seed = 0,
     resume: Resume = False,
 ) -> None:
-    """Distil the teacher into a one-pass student, by the recipe `openmoji` of `tiue distill`."""
+    """Distil the teacher into a one-pass student, by the recipe `openmoji` of `tiue distill`.
+
+    The teacher is the work folder's, or the shipped one where that has none.
+    """
     from tiue.openmoji.student import train_student
 
     pictures = load_pictures(pictures_file(work))
@@ -115,7 +118,7 @@ def export(
         Path | None, typer.Option(help="By default the weights folder of this package.")
     ] = None,
 ) -> None:
-    """Write teacher and student as float16 diffusers folders."""
+    """Write teacher and student, those that are trained, as float16 diffusers folders."""
     from tiue.openmoji import WEIGHTS
     from tiue.openmoji.export import export_weights
 

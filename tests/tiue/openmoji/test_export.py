@@ -8,11 +8,12 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 
 from tests.tiue.openmoji.configs import AUTOENCODER, DECODER, TEACHER
+from tiue.distill import load_config
 from tiue.errors import CheckpointError
 from tiue.openmoji import load_openmoji, load_openmoji_teacher
 from tiue.openmoji.autoencoder import train_autoencoder, train_decoder
 from tiue.openmoji.export import export_weights
-from tiue.openmoji.student import student_folder
+from tiue.openmoji.student import student_folder, train_student
 from tiue.openmoji.teacher import build_scheduler, build_unet, train_teacher
 
 
@@ -89,7 +90,26 @@ def test_missing_weights_name_the_command(tmp_path):
         load_openmoji(weights=tmp_path)
 
 
-def test_an_export_without_a_teacher_writes_nothing(tmp_path):
+def test_a_student_alone_is_exported_and_the_teacher_stays(tmp_path):
+    work, weights = tmp_path / "work", tmp_path / "weights"
+    build_unet(TEACHER).save_pretrained(student_folder(work, 4) / "unet")
+    build_scheduler().save_pretrained(student_folder(work, 4) / "scheduler")
+    (weights / "teacher").mkdir(parents=True)
+    (weights / "teacher" / "stays").touch()
+    export_weights(work, weights)
+    assert (weights / "student/unet/diffusion_pytorch_model.safetensors").exists()
+    assert [path.name for path in (weights / "teacher").iterdir()] == ["stays"]
+
+
+def test_a_student_is_distilled_from_the_shipped_teacher_where_there_is_no_other(
+    pictures, tmp_path
+):
+    folder = train_student(pictures, tmp_path, 1, steps=1, batch_size=1, trackers=())
+    assert load_config(folder / "config.yaml").teacher == "openmoji"
+    assert (folder / "unet").is_dir()
+
+
+def test_an_export_without_teacher_and_student_writes_nothing(tmp_path):
     with pytest.raises(CheckpointError, match="train teacher"):
         export_weights(tmp_path / "work", tmp_path / "weights")
     assert not (tmp_path / "weights").exists()
