@@ -91,6 +91,12 @@ class Command:
         return Outcome(self.name, status, timed_out, self.log, budget)
 
 
+def _take_interrupts() -> None:
+    # A shell has its background jobs ignore SIGINT, and what they start inherits that: `wait`
+    # could not interrupt it then.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Commands:
     """Starts commands.
 
@@ -128,6 +134,7 @@ class Commands:
                 stdout=stream,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                preexec_fn=_take_interrupts,
             )
         return Command(name, process, log, self.left)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -146,14 +147,21 @@ def test_commands_end_and_say_how(commands: Commands) -> None:
     assert (bad.ok, bad.said) == (False, "exit status 1: broken")
 
 
-def test_a_command_that_takes_too_long_may_write_its_results(commands: Commands) -> None:
+@pytest.mark.parametrize("handler", [signal.default_int_handler, signal.SIG_IGN])
+def test_a_command_that_takes_too_long_may_write_its_results(
+    commands: Commands, handler: object
+) -> None:
     code = (
         "import time\n"
         "print('started', flush=True)\n"
         "try: time.sleep(60)\n"
         "except KeyboardInterrupt: print('written', flush=True)\n"
     )
-    slow = commands.run("slow", [sys.executable, "-c", code], budget=2)
+    before = signal.signal(signal.SIGINT, handler)  # ignored, as in a shell's background job
+    try:
+        slow = commands.run("slow", [sys.executable, "-c", code], budget=2)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert slow.timed_out
     assert not slow.ok
     assert "out of time after 2 s: written" in slow.said
