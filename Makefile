@@ -10,6 +10,7 @@ PROMPTS := "red apple" "rocket" "cat face" "sun" "birthday cake" \
 
 # What a CPU times too; the operators' own benchmarks are part of `gpu`.
 BENCHES := one_pass block train_step pipeline
+OPTIONS_train_step := --bench-rounds 3
 
 .PHONY: demo distill-demo test lint bench sweep gpu clean
 
@@ -30,17 +31,21 @@ lint: $(VENV)/.installed-test
 	$(BIN)/clang-format --dry-run --Werror csrc/*.* csrc/*/*.*
 	$(BIN)/mypy
 
-# File, name of the result, options. A result replaces the last one only when its whole file has run
-# and passed.
+# File, name of the result, options. Results take the place of the last ones when all have run and
+# passed: the first would make the next say that the tree has uncommitted changes.
 define run_bench
-results=benchmarks/results/$$($(BIN)/python -m benchmarks.machine); mkdir -p out "$$results"; \
-$(BIN)/python -m pytest benchmarks/bench_$(1).py --timeout=0 --benchmark-json=out/bench_$(2).json $(3); \
-mv out/bench_$(2).json "$$results/bench_$(2).json"
+mkdir -p out; \
+$(BIN)/python -m pytest benchmarks/bench_$(1).py --timeout=0 --benchmark-json=out/bench_$(2).json $(3)
+endef
+define keep_bench
+results=benchmarks/results/$$($(BIN)/python -m benchmarks.machine); mkdir -p "$$results"; \
+mv $(1:%=out/bench_%.json) "$$results"
 endef
 
 bench: $(VENV)/.installed-test
 	! command -v g++ > /dev/null || $(BIN)/python -m tiue_kernels.compile cpu
-	@set -e; $(foreach name,$(BENCHES),$(call run_bench,$(name),$(name));)
+	@set -e; $(foreach name,$(BENCHES),$(call run_bench,$(name),$(name),$(OPTIONS_$(name)));) \
+	$(call keep_bench,$(BENCHES))
 	$(BIN)/python -m benchmarks.report
 
 # A quarter of an hour: the curves of time against K and batch, at a size that a CPU can sweep.
@@ -49,7 +54,8 @@ SWEEP := --bench-latents 32 --bench-rounds 3 --bench-memory --bench-forms publis
 sweep: $(VENV)/.installed-test
 	! command -v g++ > /dev/null || $(BIN)/python -m tiue_kernels.compile cpu
 	@set -e; $(call run_bench,one_pass,one_pass_steps,$(SWEEP) --bench-steps 1 2 4 8); \
-	$(call run_bench,one_pass,one_pass_batch,$(SWEEP) --bench-batch 1 4)
+	$(call run_bench,one_pass,one_pass_batch,$(SWEEP) --bench-batch 1 4); \
+	$(call keep_bench,one_pass_steps one_pass_batch)
 	$(BIN)/python -m benchmarks.report
 
 # Installs nothing and needs no network: .venv where it is, else $(PYTHON) with the torch that it has.

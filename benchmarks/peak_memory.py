@@ -15,6 +15,7 @@ import argparse
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -28,6 +29,22 @@ MEANING = (
     "without the gaps of glibc's heap"
 )
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def in_processes(forms: list[str], case: Case, dtype: torch.dtype) -> dict[str, int | None]:
+    """Measure several forms, two at a time: most of it is drawing weights, on one core.
+
+    Args:
+        forms: Keys of `benchmarks.rivals.FORMS`.
+        case: What is run.
+        dtype: Of the weights.
+
+    Returns:
+        As `in_a_process`, by form.
+    """
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        peaks = pool.map(lambda form: in_a_process(form, case, dtype), forms)
+        return dict(zip(forms, peaks, strict=True))
 
 
 def in_a_process(form: str, case: Case, dtype: torch.dtype) -> int | None:

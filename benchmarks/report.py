@@ -32,8 +32,9 @@ dtype. Each is first compared with the published form's output, which is also it
 that is wrong is not timed. Then rounds are timed in turn, A B, B A, A B, so that a busy machine \
 slows all alike. Medians are compared. `difference` is the largest one, relative to the largest \
 output. `of product` is twice the multiply-adds over the time, in percent of a large matrix \
-product on the same machine; a form that needs fewer multiplications than the direct convolutions \
-that are counted (Winograd's) may exceed it. CPU times are wall clock; GPU times are CUDA events, \
+product of torch's on the same machine, which is no upper bound: convolutions and OpenVINO have \
+products of their own, and Winograd's form needs fewer multiplications than the direct one, which \
+is counted. CPU times are wall clock; GPU times are CUDA events, \
 inputs out of L2. Memory is over the weights: on a GPU what one call allocates at most, on a CPU \
 by how much a fresh process grows until its first pass is done."""
 
