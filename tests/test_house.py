@@ -22,7 +22,9 @@ SOURCES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*
 
 
 def modules(package) -> list[str]:
-    return [info.name for info in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")]
+    found = pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
+    # A library that was compiled in place looks like an extension module.
+    return [info.name for info in found if not info.name.rpartition(".")[2].startswith("libtiue")]
 
 
 def run_python(code: str) -> None:

@@ -69,7 +69,9 @@ def test_forms_that_cannot_run_say_why_in_the_json(rows):
     reasons = rows[0]["extra_info"]["not_run"]
     assert not ran & set(reasons)
     assert all(reasons.values())
-    assert ran | set(reasons) == set(default_forms(torch.device("cpu")))
+    # Whether a CPU library lies in the package, which these tests hide, decides of tiue-openvino.
+    wanted = set(default_forms(torch.device("cpu")))
+    assert (ran | set(reasons)) ^ wanted <= {"tiue-openvino"}
 
 
 def test_cost_is_stated_without_a_clock(rows):
