@@ -123,12 +123,6 @@ ROWS = {
             learning_rate=3e-4,
             guidance_scale=2.0,
         ),
-        *(
-            _student(k, f"k{k}-seed-{seed}", f"distilled here, K = {k}, training seed {seed}",
-                     seed=seed)
-            for k in (1, 4)
-            for seed in (1, 2)
-        ),
     )
 }  # fmt: skip
 
