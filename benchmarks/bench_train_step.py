@@ -35,12 +35,6 @@ def default_forms(_device: torch.device) -> tuple[str, ...]:
     return FORMS
 
 
-def noise_kl(noise_pred: torch.Tensor) -> torch.Tensor:
-    """The KL term of every map as the method's equation says it."""
-    mean, variance = noise_pred.mean((2, 3, 4)), noise_pred.var((2, 3, 4))
-    return 0.5 * (mean**2 + variance - 1 - variance.log())
-
-
 def step(
     predict: Callable[..., torch.Tensor], kl: Callable[..., torch.Tensor], setting: Setting
 ) -> Rival:
@@ -81,7 +75,9 @@ def race(request, unet, case, device, dtype) -> Race:
     recompute.recompute_feed_forward = True
     rivals = {
         "published": step(
-            lambda **inputs: published_form.predict_noise(unet, **inputs), noise_kl, setting
+            lambda **inputs: published_form.predict_noise(unet, **inputs),
+            published_form.noise_kl,
+            setting,
         ),
         "tiue": step(TiUEUNet.from_unet(unet).predict_noise, functional.noise_kl, setting),
         "tiue-recompute": step(recompute.predict_noise, functional.noise_kl, setting),

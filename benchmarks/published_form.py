@@ -165,3 +165,9 @@ def one_pass(
     scheduler.set_timesteps(num_decoder_steps, device=latents.device)
     noise_pred = predict_noise(unet, latents, scheduler.timesteps, prompt_embeds, **cond)
     return combine(scheduler, latents, noise_pred)
+
+
+def noise_kl(noise_pred: torch.Tensor) -> torch.Tensor:
+    """The KL term of every map as the method's equation says it."""
+    mean, variance = noise_pred.mean((2, 3, 4)), noise_pred.var((2, 3, 4))
+    return 0.5 * (mean**2 + variance - 1 - variance.log())

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import replace
+from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -50,6 +51,19 @@ class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
         return sum(storage.nbytes() for storage in self._kept.values())
 
 
+def _case(
+    form: str, model: str, latent_size: int, batch: int, options: dict[str, bool]
+) -> tuple[Any, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The UNet of a form, latents, timesteps and prompt embeddings; without data in a fake mode."""
+    cls = TiUEUNet if form == "tiue" else UNet2DConditionModel
+    unet = cls(**CONFIGS[model]).train()
+    for name, value in options.items():
+        setattr(unet, name, value)
+    latents = torch.empty(batch, 4, latent_size, latent_size)
+    prompt_embeds = torch.empty(batch, NUM_TOKENS, unet.config.cross_attention_dim)
+    return unet, latents, torch.tensor(TIMESTEPS), prompt_embeds
+
+
 def decoder_bytes(
     form: str, model: str = "sd15", latent_size: int = 64, batch: int = 1, **options: bool
 ) -> int:
@@ -66,13 +80,7 @@ def decoder_bytes(
         Bytes.
     """
     with FakeTensorMode():
-        cls = TiUEUNet if form == "tiue" else UNet2DConditionModel
-        unet = cls(**CONFIGS[model]).train()
-        for name, value in options.items():
-            setattr(unet, name, value)
-        latents = torch.empty(batch, 4, latent_size, latent_size)
-        prompt_embeds = torch.empty(batch, NUM_TOKENS, unet.config.cross_attention_dim)
-        timesteps = torch.tensor(TIMESTEPS)
+        unet, latents, timesteps, prompt_embeds = _case(form, model, latent_size, batch, options)
         with torch.no_grad():
             hidden, skips = published_form.encode(unet, latents, timesteps[0], prompt_embeds)
             features = unet.encode(latents, timesteps[0], prompt_embeds) if form == "tiue" else None
@@ -110,13 +118,7 @@ def step_bytes(
     schedule = OnePassSchedule.from_scheduler(scheduler, len(TIMESTEPS))
     scheduler.set_timesteps(len(TIMESTEPS))
     with FakeTensorMode(allow_non_fake_inputs=True):
-        cls = TiUEUNet if form == "tiue" else UNet2DConditionModel
-        unet = cls(**CONFIGS[model]).train()
-        for name, value in options.items():
-            setattr(unet, name, value)
-        latents = torch.empty(batch, 4, latent_size, latent_size)
-        prompt_embeds = torch.empty(batch, NUM_TOKENS, unet.config.cross_attention_dim)
-        timesteps = torch.tensor(TIMESTEPS)
+        unet, latents, timesteps, prompt_embeds = _case(form, model, latent_size, batch, options)
         saved = SavedBytes(unet)
         with saved:
             if form == "tiue":
@@ -129,8 +131,7 @@ def step_bytes(
                     schedule.noise_coefficients.tolist(), noise_pred, strict=True
                 ):
                     images = images + coefficient * rows
-                mean, variance = noise_pred.mean((2, 3, 4)), noise_pred.var((2, 3, 4))
-                kl = 0.1 * (0.5 * (mean**2 + variance - 1 - variance.log())).sum()
+                kl = 0.1 * published_form.noise_kl(noise_pred).sum()
             losses.vsd_loss(images, torch.empty_like(latents)) + kl
     return saved.total
 
