@@ -20,9 +20,10 @@ from benchmarks.race import Race, relative_difference, short
 from benchmarks.rivals import Setting
 from benchmarks.saved_bytes import decoder_bytes
 from tiue import TiUEUNet
-from tiue_kernels import functional
+from tiue.devices import keep_freed_memory
+from tiue_kernels import cpu, functional
 
-LATENTS = (16,)
+LATENTS = (32,)
 FORMS = ("published", "tiue", "tiue-recompute")
 # Of the largest gradient of a weight; 2e-6 seen in float32.
 TOLERANCE = 1e-4
@@ -70,6 +71,8 @@ def unet(request, device, dtype) -> UNet2DConditionModel:
 @pytest.fixture(scope="module")
 def race(request, unet, case, device, dtype) -> Race:
     unet.requires_grad_(True)
+    # As `tiue distill` does; all forms gain alike.
+    keeps_memory = device.type == "cpu" and keep_freed_memory()
     setting = Setting.build(case, device, dtype, unet)
     recompute = TiUEUNet.from_unet(unet)
     recompute.recompute_feed_forward = True
@@ -84,7 +87,13 @@ def race(request, unet, case, device, dtype) -> Race:
     }
     forms = request.config.getoption("--bench-forms") or FORMS
     rivals = {name: rival for name, rival in rivals.items() if name in (*forms, "published")}
-    race = Race(case.label, {"model": case.model, "dtype": short(dtype)})
+    facts = {
+        "model": case.model,
+        "dtype": short(dtype),
+        "keeps_freed_memory": keeps_memory,
+        "winograd": device.type == "cpu" and cpu.loaded(),
+    }
+    race = Race(case.label, facts)
     gradients = {name: _gradients(rival, unet) for name, rival in rivals.items()}
     for name in rivals:
         error = max(

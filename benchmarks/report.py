@@ -130,7 +130,10 @@ def race_section(results: list[Result], stem: str) -> Iterator[str]:
         rows = race_rows(result)
         used = [i for i in range(len(RACE_HEADER)) if any(row[i] for row in rows)]
         yield table([RACE_HEADER[i] for i in used], [[row[i] for i in used] for row in rows])
-        notes = (convolution_lines, share_lines, memory_lines, saved_lines, not_run_lines)
+        notes = (
+            *(convolution_lines, allocator_lines, share_lines, memory_lines),
+            *(saved_lines, not_run_lines),
+        )
         if lines := [line for note in notes for line in note(result)]:
             yield "\n".join(lines)
 
@@ -150,6 +153,15 @@ def convolution_lines(result: Result) -> Iterator[str]:
         yield "- `tiue` runs 3 x 3 convolutions as Winograd's where that is faster."
     elif False in found:
         yield "- `tiue` runs direct convolutions: Winograd's library is not built here."
+
+
+def allocator_lines(result: Result) -> Iterator[str]:
+    """Whether the process kept the memory that it freed."""
+    if any(row["extra_info"].get("keeps_freed_memory") for row in result["benchmarks"]):
+        yield (
+            "- The process kept the memory that it freed, for every form alike, as `tiue distill` "
+            "does on a CPU."
+        )
 
 
 def share_lines(result: Result) -> Iterator[str]:

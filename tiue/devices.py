@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import platform
 from enum import Enum
 from typing import TYPE_CHECKING
 
@@ -54,3 +56,23 @@ def find_dtype(name: Dtype, device: torch.device) -> torch.dtype:
     if name is Dtype.auto:
         return torch.float16 if device.type == "cuda" else torch.float32
     return getattr(torch, name.value)
+
+
+# Of <malloc.h>.
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+
+
+def keep_freed_memory() -> bool:
+    """Let this process keep the memory that it frees, for as long as it runs.
+
+    For training on a CPU, where every step frees and allocates the same gigabytes of gradients and
+    activations. glibc gives large blocks back, and fresh ones are zeroed page by page: of a step of
+    Stable Diffusion 1.5 (32 x 32 latents, K = 4, two cores) that was a third, 19 s against 12.
+
+    Returns:
+        False where there is no glibc, and nothing changes.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    mallopt = ctypes.CDLL(None).mallopt
+    return bool(mallopt(_M_MMAP_MAX, 0) and mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))

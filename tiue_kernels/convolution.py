@@ -25,6 +25,7 @@ def conv2d(
     bias: torch.Tensor | None,
     padding: int | tuple[int, ...],
     start: int = 0,
+    keep: bool = True,
 ) -> torch.Tensor:
     """conv2d(x, weight[:, start : start + C], bias), stride 1.
 
@@ -34,6 +35,7 @@ def conv2d(
         bias: [C_out].
         padding: zeros added on each side.
         start: the input channel of the weight that the first channel of x meets.
+        keep: what is made of the weight may be kept, in a bounded memory: it is not in training.
 
     Returns:
         [rows, C_out, H', W'].
@@ -43,7 +45,7 @@ def conv2d(
     part = weight if whole else weight[:, start : start + channels]
     if x.device.type != "cpu" or torch.compiler.is_compiling() or not _have_data(x, weight):
         return F.conv2d(x, part, bias, padding=padding)
-    out = winograd.conv2d(x, weight, bias, padding, start)
+    out = winograd.conv2d(x, weight, bias, padding, start, keep)
     if out is not None:
         return out
     if 0 < rows * height * width <= MOST_PIXELS and _is_matrix(x, weight):
@@ -60,6 +62,7 @@ def conv2d_backward(
     padding: int | tuple[int, ...],
     start: int = 0,
     output_mask: tuple[bool, bool, bool] = (True, True, True),
+    grad_weight: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The gradients of `conv2d(x, weight, bias, padding, start)`.
 
@@ -70,6 +73,8 @@ def conv2d_backward(
         padding: zeros added on each side.
         start: the input channel of the weight that the first channel of x meets.
         output_mask: which of the three are wanted.
+        grad_weight: where the second is written, such as the slice of a gradient of the whole
+            weight; by default it is new.
 
     Returns:
         Gradients of x, of weight[:, start : start + C] and of the bias, in the memory formats of
@@ -77,23 +82,37 @@ def conv2d_backward(
     """
     rows, channels, height, width = x.shape
     part = weight[:, start : start + channels]
+    if _have_data(grad_out, x, weight) and winograd.serves_backward(x, weight, padding):
+        return winograd.conv2d_backward(grad_out, x, weight, start, output_mask, grad_weight)
     if (
         0 < rows * height * width <= MOST_PIXELS
         and x.device.type == "cpu"
         and _is_matrix(x, weight)
     ):
-        return _matrix_product_backward(grad_out, x, part, padding, output_mask)
+        return _matrix_product_backward(grad_out, x, part, padding, output_mask, grad_weight)
     padding = (padding, padding) if isinstance(padding, int) else padding
-    grads = torch.ops.aten.convolution_backward(
+    grad_x, grad_part, grad_bias = torch.ops.aten.convolution_backward(
         *(grad_out, x, part, [weight.shape[0]], [1, 1], list(padding), [1, 1]),
         *(False, [0, 0], 1, list(output_mask)),
     )
-    grad_x, grad_weight, grad_bias = (x.new_empty(0) if g is None else g for g in grads)
-    if output_mask[0]:
-        grad_x = like(grad_x, x)
+    none = x.new_empty(0)
     if output_mask[1]:
-        grad_weight = like(grad_weight, weight)
-    return grad_x, grad_weight, grad_bias
+        grad_part = like(grad_part, weight) if grad_weight is None else grad_weight.copy_(grad_part)
+    return (
+        like(grad_x, x) if output_mask[0] else none,
+        grad_part if output_mask[1] else none,
+        grad_bias if output_mask[2] else none,
+    )
+
+
+def is_trained(weight: torch.Tensor, *inputs: torch.Tensor | None) -> bool:
+    """Whether autograd records this call, and so the weight may soon change.
+
+    Below autograd, where launchers run, grad mode is off at any call; what a tensor requires still
+    tells. Inputs of an inference require nothing, though its weights may.
+    """
+    recorded = any(tensor is not None and tensor.requires_grad for tensor in inputs)
+    return weight.requires_grad and recorded
 
 
 def output_format(x: torch.Tensor, weight: torch.Tensor) -> torch.memory_format:
@@ -152,19 +171,24 @@ def _matrix_product_backward(
     weight: torch.Tensor,
     padding: int | tuple[int, ...],
     output_mask: tuple[bool, bool, bool],
+    grad_weight: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The backward pass of `_as_matrix_product`, over the same windows."""
     pads = (padding, padding) if isinstance(padding, int) else tuple(padding)
     kernel = tuple(weight.shape[2:])
     columns = grad_out.transpose(0, 1).flatten(1)  # (C_out, rows*pixels)
-    grad_x = grad_weight = grad_bias = x.new_empty(0)
+    grad_x = grad_bias = x.new_empty(0)
     if output_mask[0]:
         windows = weight.flatten(1).t() @ columns  # (C*k*k, rows*pixels)
         windows = windows.unflatten(1, (x.shape[0], -1)).transpose(0, 1)
         grad_x = like(F.fold(windows, tuple(x.shape[2:]), kernel, padding=pads), x)
-    if output_mask[1]:
+    if not output_mask[1]:
+        grad_weight = x.new_empty(0)
+    else:
+        if grad_weight is None:
+            grad_weight = x.new_empty(weight.shape)
         windows = F.unfold(x, kernel, padding=pads).transpose(0, 1).flatten(1)
-        grad_weight = (columns @ windows.t()).view(weight.shape)
+        torch.mm(columns, windows.t(), out=grad_weight.view(len(weight), -1))
     if output_mask[2]:
         grad_bias = columns.sum(1)
     return grad_x, grad_weight, grad_bias

@@ -4,6 +4,8 @@
 //
 // Maps are NCHW float32 of any size; tiles of 4 x 4 outputs that stick out are cut. Every loop that
 // counts runs over neighbouring tiles or channels, so that it is vectorised.
+#include "winograd.h"
+
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -14,26 +16,10 @@
 #include <optional>
 #include <vector>
 
-#include "product.h"
-
-// One library for every CPU: the loader picks the widest form that runs here.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define TIUE_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define TIUE_CLONES
-#endif
-
 namespace tiue {
 namespace {
 
 using torch::stable::Tensor;
-
-constexpr int kTile = 4;                  // outputs of a tile along one axis
-constexpr int kInput = kTile + 2;         // inputs that they need
-constexpr int kPoints = kInput * kInput;  // products of a tile
-constexpr int64_t kChannels = 32;         // channels of a weight transformed together
-
-int64_t tiles_along(int64_t size) { return (size + kTile - 1) / kTile; }
 
 // B^T d for one axis, elementwise over n columns: six rows to six rows.
 inline void transform_input(const float* const in[kInput], float* const out[kInput], int64_t n) {
@@ -68,7 +54,6 @@ inline void transform_output(const float* const in[kInput], float* const out[kTi
 }
 
 // G g for one axis: three taps to six. Divisions would take half of the time.
-constexpr float kSixth = 1.0f / 6.0f;
 inline void transform_taps(const float* const in[3], float* const out[kInput], int64_t n) {
   const float *g0 = in[0], *g1 = in[1], *g2 = in[2];
   float *o0 = out[0], *o1 = out[1], *o2 = out[2], *o3 = out[3], *o4 = out[4], *o5 = out[5];
@@ -84,13 +69,6 @@ inline void transform_taps(const float* const in[3], float* const out[kInput], i
     o5[j] = g2[j];
   }
 }
-
-struct Map {
-  int64_t rows, channels, height, width;
-  int64_t tiles_y() const { return tiles_along(height); }
-  int64_t tiles_x() const { return tiles_along(width); }
-  int64_t tiles() const { return rows * tiles_y() * tiles_x(); }
-};
 
 // One channel of one row, x [H, W], to its 36 planes [tiles of the row], one after another.
 TIUE_CLONES void input_channel(const float* x, const Map& map, float* out,
@@ -130,31 +108,6 @@ TIUE_CLONES void input_channel(const float* x, const Map& map, float* out,
     }
   }
 }
-
-// Where a tile's value of one channel and one of the 36 points goes: into planes [C, tiles], or,
-// for our own products, into panels [panels, C, 16 tiles].
-struct Inputs {
-  float* data;
-  int64_t channels, tiles;
-  bool panels;
-
-  int64_t of_point() const { return channels * (panels ? panels_of(tiles) * kPanel : tiles); }
-
-  // The values of n tiles from `first` on.
-  void write(int point, int64_t channel, int64_t first, const float* values, int64_t n) const {
-    float* to = data + point * of_point();
-    if (!panels) {
-      std::memcpy(to + channel * tiles + first, values, n * sizeof(float));
-      return;
-    }
-    for (int64_t i = 0; i < n;) {
-      const int64_t tile = first + i, lane = tile % kPanel, some = std::min(kPanel - lane, n - i);
-      std::memcpy(to + (tile / kPanel * channels + channel) * kPanel + lane, values + i,
-                  some * sizeof(float));
-      i += some;
-    }
-  }
-};
 
 // The 36 planes [C, tiles] of one channel of one row to its outputs [H, W].
 TIUE_CLONES void output_channel(const float* in, int64_t plane, const Map& map, float bias,

@@ -58,6 +58,7 @@ def distill_command(config: str | None = None, **options: Any) -> None:
     which diffusers loads, checkpoints/ to resume from, config.yaml, log.jsonl and summary.json.
     Ctrl-C and SIGTERM end the run after the step at hand, with a checkpoint.
     """
+    from tiue.devices import find_device, keep_freed_memory
     from tiue.distill import distill
     from tiue.distill.settings import load_config
 
@@ -68,6 +69,8 @@ def distill_command(config: str | None = None, **options: Any) -> None:
         raise DependencyError(
             f"Distillation needs {error.name}: pip install 'tiue[train]'."
         ) from error
+    if settings.cpu or find_device("auto").type == "cpu":
+        keep_freed_memory()
     distill(settings, report=typer.echo)
 
 

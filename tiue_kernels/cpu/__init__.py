@@ -16,6 +16,10 @@ SCHEMAS = (
     "winograd_product(Tensor weights, Tensor panels, int tiles) -> Tensor",
     "winograd_output(Tensor products, Tensor? bias, Tensor(a!) out, int first_row,"
     " int first_channel) -> ()",
+    "winograd_output_backward(Tensor grad_out) -> Tensor",
+    "winograd_input_backward(Tensor grads, Tensor(a!) grad_x, int first_row, int first_channel)"
+    " -> ()",
+    "winograd_weight_backward(Tensor grads, Tensor(a!) grad_weight, int first_output) -> ()",
     "winograd_weight(Tensor weight, int start, int first_output, Tensor(a!) out) -> ()",
     "winograd_fingerprint(Tensor weight, int start, int channels) -> int",
     "products_available() -> bool",

@@ -27,7 +27,8 @@ def _run_fwd(
     active, stats = norm.forward(
         hidden, shared, time_embedding, num_groups, norm_weight, norm_bias, eps, scale_shift
     )
-    return convolution.conv2d(active, weight, bias, padding), stats
+    keep = not convolution.is_trained(weight, hidden, shared, time_embedding)
+    return convolution.conv2d(active, weight, bias, padding, keep=keep), stats
 
 
 def _fake_fwd(

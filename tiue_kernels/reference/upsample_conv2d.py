@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from tiue_kernels import winograd
-from tiue_kernels.convolution import conv2d, conv2d_backward
+from tiue_kernels.convolution import conv2d, conv2d_backward, is_trained
 from tiue_kernels.layout import like, memory_format
 
 # Summing the taps reads and writes the weight a few times over. On two CPU cores at 1280 channels
@@ -20,7 +20,8 @@ def upsample_conv2d_fwd(
     rows, _, height, width = x.shape
     if rows * height * width < LEAST_PIXELS or winograd.serves(x, weight, bias, 1):
         # Winograd's form of the doubled map takes 2.25 multiplications an output, phases take 4.
-        return like(conv2d(_doubled(x), weight, bias, padding=1), x)
+        keep = not is_trained(weight, x)
+        return like(conv2d(_doubled(x), weight, bias, padding=1, keep=keep), x)
 
     padded = F.pad(x, (1, 1, 1, 1))
     out = _empty(x, weight.shape[0], 2 * height, 2 * width)
@@ -44,7 +45,7 @@ def upsample_conv2d_bwd(
         grad_weight = weight.new_zeros(weight.shape) if wants_weight else grad_weight
         return grad_x, grad_weight, grad_bias
 
-    if rows * height * width < LEAST_PIXELS:
+    if rows * height * width < LEAST_PIXELS or winograd.serves(x, weight, None, 1):
         mask = (wants_x, wants_weight, False)
         grad_x, grad_weight, _ = conv2d_backward(
             grad_out, _doubled(x), weight, padding=1, output_mask=mask

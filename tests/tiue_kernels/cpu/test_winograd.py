@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from tests.tolerances import WINOGRAD_RELATIVE
-from tiue_kernels import convolution, winograd
-from tiue_kernels.winograd import POINTS, WeightCache
+from tiue_kernels import convolution, functional, winograd, winograd_weights
+from tiue_kernels.winograd_weights import POINTS, WeightCache
 
 pytestmark = pytest.mark.usefixtures("with_cpu_library")
 
@@ -24,7 +24,7 @@ def noise(*shape: int, seed: int = 0) -> torch.Tensor:
 @pytest.fixture
 def cache(monkeypatch) -> Iterator[WeightCache]:
     fresh = WeightCache(2**30)
-    monkeypatch.setattr(winograd, "cache", fresh)
+    monkeypatch.setattr(winograd_weights, "cache", fresh)
     return fresh
 
 
@@ -58,6 +58,52 @@ def test_a_part_of_a_weight(start: int, limit: int, cache: WeightCache) -> None:
     assert cache.bytes == (POINTS * 70 * 65 * 4 if limit else 0)
 
 
+def check_gradients(
+    x: torch.Tensor, weight: torch.Tensor, start: int, output_mask: tuple[bool, bool, bool]
+) -> None:
+    part = weight[:, start : start + x.shape[1]].double().requires_grad_()
+    reference_x = x.double().requires_grad_()
+    out = F.conv2d(reference_x, part, padding=1)
+    grad_out = noise(*out.shape, seed=7)
+    out.backward(grad_out.double())
+    expected = (reference_x.grad, part.grad, grad_out.double().sum((0, 2, 3)))
+    whole = torch.full_like(weight, 7.0)
+    with torch.no_grad():
+        assert winograd.serves_backward(x, weight, 1)
+        actual = convolution.conv2d_backward(
+            grad_out, x, weight, 1, start, output_mask, whole[:, start : start + x.shape[1]]
+        )
+    for wanted, found, reference in zip(output_mask, actual, expected, strict=True):
+        assert found.shape == (reference.shape if wanted else (0,))
+        if wanted:
+            error = (found.double() - reference).abs().max() / reference.std()
+            assert error <= WINOGRAD_RELATIVE
+    # Written where it was asked for, and nowhere else.
+    untouched = torch.ones(weight.shape[1], dtype=torch.bool)
+    if output_mask[1]:
+        untouched[start : start + x.shape[1]] = False
+        assert torch.equal(actual[1], whole[:, start : start + x.shape[1]])
+    assert (whole[:, untouched] == 7).all()
+
+
+@pytest.mark.parametrize("size", [(32, 32), (30, 33), (5, 130), (256, 1), (1, 257)])
+@pytest.mark.parametrize("rows", [1, 3, 40])
+def test_gradients_equal_the_convolutions(rows: int, size: tuple[int, int]) -> None:
+    check_gradients(noise(rows, 65, *size), noise(96, 65, 3, 3), 0, (True, True, True))
+
+
+def test_gradients_of_channels_in_several_parts(monkeypatch) -> None:
+    monkeypatch.setattr(winograd, "MOST_BYTES", 2**16)  # 32 channels and one row at a time
+    check_gradients(noise(3, 70, 33, 31), noise(90, 70, 3, 3), 0, (True, True, True))
+
+
+@pytest.mark.parametrize("start", [0, 5, 32])
+@pytest.mark.parametrize("wanted", range(3))
+def test_gradients_of_a_part_of_a_weight(start: int, wanted: int) -> None:
+    output_mask = (wanted == 0, wanted == 1, wanted == 2)
+    check_gradients(noise(2, 65, 32, 31), noise(70, 97, 3, 3), start, output_mask)
+
+
 def test_what_it_does_not_serve_is_left_to_torch(cache: WeightCache) -> None:
     x, weight, bias = noise(2, 64, 32, 32), noise(64, 64, 3, 3), noise(64)
     with torch.no_grad():
@@ -71,7 +117,7 @@ def test_what_it_does_not_serve_is_left_to_torch(cache: WeightCache) -> None:
         assert winograd.conv2d(x[:1, :, :4, :4].contiguous(), weight, bias, 1) is None
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert winograd.conv2d(x, weight, bias, 1) is None
-    assert winograd.conv2d(x, weight, bias, 1) is None  # training
+    assert winograd.conv2d(x, weight, bias, 1) is None  # autograd would not see it
 
 
 def test_convolutions_of_the_package_take_it(cache: WeightCache) -> None:
@@ -153,6 +199,48 @@ def test_the_cache_keeps_its_bound(cache: WeightCache) -> None:
         cache.limit = -1
 
 
+def _norm(channels: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.ones(channels), torch.zeros(channels)
+
+
+def test_a_weight_in_training_is_not_kept(cache: WeightCache) -> None:
+    x, weight = noise(2, 64, 32, 32), noise(64, 64, 3, 3).requires_grad_()
+
+    def run(hidden: torch.Tensor) -> torch.Tensor:
+        return functional.group_norm_silu_conv2d(hidden, 4, *_norm(64), weight, padding=1)
+
+    with torch.no_grad():
+        expected = run(x)  # a validation between two steps
+    assert cache.bytes
+    out = run(x.clone().requires_grad_())
+    assert cache.bytes == 0
+    assert torch.equal(out, expected)
+    out.sum().backward()
+    assert cache.bytes == 0
+    weight.requires_grad_(False)  # as the teacher's, or beside an adapter
+    run(x.clone().requires_grad_())
+    assert cache.bytes
+
+
+def test_a_training_step_equals_that_of_direct_convolutions(monkeypatch) -> None:
+    def gradients() -> list[torch.Tensor]:
+        hidden, skip = noise(4, 64, 32, 32).requires_grad_(), noise(2, 64, 32, 32).requires_grad_()
+        weight, upsampler = noise(96, 128, 3, 3) / 30, noise(64, 96, 3, 3) / 30
+        weight.requires_grad_(), upsampler.requires_grad_()
+        own, shared = functional.shared_skip_group_norm_silu_conv2d(
+            hidden, skip, 8, *_norm(128), weight, padding=1
+        )
+        out = functional.upsample_conv2d(own + shared.repeat(2, 1, 1, 1), upsampler)
+        out.square().mean().backward()
+        return [tensor.grad for tensor in (hidden, skip, weight, upsampler)]
+
+    actual = gradients()
+    monkeypatch.setattr(winograd, "serves", lambda *_: False)
+    for found, expected in zip(actual, gradients(), strict=True):
+        assert not torch.equal(found, expected)  # Winograd's sums are others
+        assert (found - expected).abs().max() <= WINOGRAD_RELATIVE * expected.std()
+
+
 def test_weights_out_of_use_make_room(cache: WeightCache, monkeypatch) -> None:
     monkeypatch.setattr(WeightCache, "STALE_AFTER", 10)
     cache.limit = POINTS * 64 * 64 * 4
@@ -164,8 +252,8 @@ def test_weights_out_of_use_make_room(cache: WeightCache, monkeypatch) -> None:
 
 
 def test_the_variable_sets_the_bound(monkeypatch) -> None:
-    monkeypatch.setenv(winograd.VARIABLE, "0.5")
-    assert winograd._default_limit() == 2**19
-    monkeypatch.setenv(winograd.VARIABLE, "much")
+    monkeypatch.setenv(winograd_weights.VARIABLE, "0.5")
+    assert winograd_weights._default_limit() == 2**19
+    monkeypatch.setenv(winograd_weights.VARIABLE, "much")
     with pytest.raises(ValueError, match="TIUE_WINOGRAD_MIB is a number of MiB, got 'much'"):
-        winograd._default_limit()
+        winograd_weights._default_limit()
