@@ -10,7 +10,7 @@ PROMPTS := "red apple" "rocket" "cat face" "sun" "birthday cake" \
 
 # What a CPU times too; the operators' own benchmarks are part of `gpu`.
 BENCHES := one_pass block train_step pipeline
-OPTIONS_train_step := --bench-rounds 3
+OPTIONS_train_step := --bench-rounds 2
 
 .PHONY: demo distill-demo test lint bench sweep gpu clean
 
