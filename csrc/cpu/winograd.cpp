@@ -200,22 +200,12 @@ TIUE_CLONES uint64_t fingerprint_row(const float* row, int64_t n) {
 // x [R, C, H, W] -> [36, C, tiles of all rows], or [36, panels, C, 16] for winograd_product.
 Tensor winograd_input(Tensor x, bool panels) {
   const Map map{x.size(0), x.size(1), x.size(2), x.size(3)};
-  const int64_t tiles = map.tiles(), of_row = map.tiles_y() * map.tiles_x();
+  const int64_t tiles = map.tiles();
   Tensor out = panels
                    ? torch::stable::new_empty(x, {kPoints, panels_of(tiles), map.channels, kPanel})
                    : torch::stable::new_empty(x, {kPoints, map.channels, tiles});
-  const float* data = static_cast<const float*>(x.data_ptr());
   const Inputs inputs{static_cast<float*>(out.data_ptr()), map.channels, tiles, panels};
-  torch::stable::parallel_for(0, map.rows * map.channels, 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> memory, planes(static_cast<size_t>(kPoints * of_row));
-    for (int64_t index = begin; index < end; ++index) {
-      const int64_t row = index / map.channels, channel = index % map.channels;
-      input_channel(data + index * map.height * map.width, map, planes.data(), memory);
-      for (int point = 0; point < kPoints; ++point) {
-        inputs.write(point, channel, row * of_row, planes.data() + point * of_row, of_row);
-      }
-    }
-  });
+  transform_channels(static_cast<const float*>(x.data_ptr()), map, inputs, input_channel);
   return out;
 }
 

@@ -1,9 +1,12 @@
 // What the transforms of Winograd's F(4 x 4, 3 x 3) share with their backward passes.
 #pragma once
 
+#include <torch/csrc/stable/ops.h>
+
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <vector>
 
 #include "product.h"
 
@@ -55,5 +58,22 @@ struct Inputs {
     }
   }
 };
+
+// Every channel of every row of x [R, C, H, W], transformed, into planes or panels.
+// transform(channel, map, planes, memory) writes the 36 planes [tiles of the row] of one.
+template <class Transform>
+void transform_channels(const float* x, const Map& map, const Inputs& out, Transform transform) {
+  const int64_t of_row = map.tiles_y() * map.tiles_x();
+  torch::stable::parallel_for(0, map.rows * map.channels, 1, [&](int64_t begin, int64_t end) {
+    std::vector<float> memory, planes(static_cast<size_t>(kPoints * of_row));
+    for (int64_t index = begin; index < end; ++index) {
+      const int64_t row = index / map.channels, channel = index % map.channels;
+      transform(x + index * map.height * map.width, map, planes.data(), memory);
+      for (int point = 0; point < kPoints; ++point) {
+        out.write(point, channel, row * of_row, planes.data() + point * of_row, of_row);
+      }
+    }
+  });
+}
 
 }  // namespace tiue

@@ -177,20 +177,11 @@ TIUE_CLONES void weight_channels_backward(const float* in, int64_t plane, int64_
 // grad_out [R, C, H, W] -> [36, C, tiles of all rows].
 Tensor winograd_output_backward(Tensor grad_out) {
   const Map map{grad_out.size(0), grad_out.size(1), grad_out.size(2), grad_out.size(3)};
-  const int64_t tiles = map.tiles(), of_row = map.tiles_y() * map.tiles_x();
+  const int64_t tiles = map.tiles();
   Tensor out = torch::stable::new_empty(grad_out, {kPoints, map.channels, tiles});
-  const float* data = static_cast<const float*>(grad_out.data_ptr());
   const Inputs grads{static_cast<float*>(out.data_ptr()), map.channels, tiles, false};
-  torch::stable::parallel_for(0, map.rows * map.channels, 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> memory, planes(static_cast<size_t>(kPoints * of_row));
-    for (int64_t index = begin; index < end; ++index) {
-      const int64_t row = index / map.channels, channel = index % map.channels;
-      output_channel_backward(data + index * map.height * map.width, map, planes.data(), memory);
-      for (int point = 0; point < kPoints; ++point) {
-        grads.write(point, channel, row * of_row, planes.data() + point * of_row, of_row);
-      }
-    }
-  });
+  transform_channels(static_cast<const float*>(grad_out.data_ptr()), map, grads,
+                     output_channel_backward);
   return out;
 }
 
