@@ -122,7 +122,15 @@ TABLE: dict[str, dict[str, Capability]] = {
     "upsample_conv2d": {"reference": _ANYWHERE},
 }
 
-_forced: list[tuple[str, ...]] = []
+
+@dataclass(frozen=True, eq=False)
+class _Entry:
+    """What one `with` block forces; equal to itself alone."""
+
+    backends: tuple[str, ...]
+
+
+_forced: list[_Entry] = []
 
 
 @contextmanager
@@ -131,7 +139,8 @@ def use_backend(*backends: str) -> Iterator[None]:
 
     Of several, each call takes the first that can serve it: `use_backend("cuda", "reference")`
     leaves to plain PyTorch what has no CUDA C++ kernel. Holds for the whole process, since
-    autograd runs backward in threads of its own.
+    autograd runs backward in threads of its own; of blocks that overlap in several threads the
+    one entered last counts, until it is left.
 
     Args:
         *backends: "cuda", "triton", "cpu" or "reference", in the order in which to try them.
@@ -140,17 +149,19 @@ def use_backend(*backends: str) -> Iterator[None]:
         ValueError: there is no such backend, or none is named.
         BackendError: from an operator called inside which none of the backends can serve.
     """
-    _forced.append(_known(backends))
+    entry = _Entry(_known(backends))
+    _forced.append(entry)
     try:
         yield
     finally:
-        _forced.pop()
+        _forced.remove(entry)  # its own, which another thread's may have followed
 
 
 def forced_backends() -> tuple[str, ...]:
     """What `use_backend` or, outside of it, TIUE_BACKEND forces, in order; empty: nothing."""
-    if _forced:
-        return _forced[-1]
+    forced = _forced[-1:]  # in one step: another thread may take the last one out
+    if forced:
+        return forced[0].backends
     names = os.environ.get(VARIABLE)
     return _known(tuple(name.strip() for name in names.split(","))) if names else ()
 

@@ -136,6 +136,10 @@ __global__ void __launch_bounds__(ForwardTraits<T, kDim>::kThreads, 1)
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       row_sum[half] = quad_sum(row_sum[half]);
+      if (row_max[half] == -INFINITY) {  // every key is masked: an output and a logsumexp of 0
+        row_max[half] = 0.0f;
+        row_sum[half] = 1.0f;
+      }
       inverse[half] = 1.0f / row_sum[half];
       int query = first_query + 16 * warp + lane / 4 + 8 * half;
       if (lane % 4 == 0 && query < total) {

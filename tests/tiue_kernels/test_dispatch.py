@@ -69,6 +69,17 @@ def test_contexts_nest_and_end() -> None:
     assert dispatch.forced_backends() == ()
 
 
+def test_contexts_that_overlap_each_end_their_own() -> None:
+    """As of two threads: the one that was entered first is left first."""
+    first, second = use_backend("triton"), use_backend("reference")
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert dispatch.forced_backends() == ("reference",)
+    second.__exit__(None, None, None)
+    assert dispatch.forced_backends() == ()
+
+
 def test_of_several_the_first_that_can_serves(monkeypatch, caplog) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     pytest.importorskip("triton")

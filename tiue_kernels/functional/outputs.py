@@ -41,7 +41,8 @@ def one_pass_combine(
 def noise_kl(noise_pred: torch.Tensor) -> torch.Tensor:
     """KL(N(mu, var) || N(0, 1)) of every noise map (TiUE, arXiv 2505.21960).
 
-    0.5 (mu^2 + var - 1 - log var), mu and the unbiased var over all of C, H, W.
+    0.5 (mu^2 + var - 1 - log var), mu and the unbiased var over all of C, H, W. The logarithm sees
+    a variance of at least 1e-12, so a constant map has a finite loss and finite gradients.
 
     Args:
         noise_pred: [..., C, H, W].

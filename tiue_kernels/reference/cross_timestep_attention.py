@@ -91,6 +91,8 @@ def _explicit_fwd(
     for chunk in query.split(_chunk(query, key), 2):
         scores = _scores(chunk.to(wide), key, scale, bias)
         logsumexp = scores.logsumexp(-1)
+        # A query whose keys are all masked: weights of 0, in the backward pass too.
+        logsumexp = logsumexp.masked_fill_(logsumexp == -torch.inf, 0.0)
         outs.append((scores.sub_(logsumexp[..., None]).exp_() @ value).to(dtype))
         logsumexps.append(logsumexp)
     return torch.cat(outs, 2), torch.cat(logsumexps, 2)

@@ -65,6 +65,12 @@ def dot_by_slices(
 
 
 @triton.jit
+def finite(m):
+    """The largest score, 0 for a query whose keys are all masked so far: -inf less 0 is -inf."""
+    return tl.where(m == float("-inf"), 0.0, m)
+
+
+@triton.jit
 def query_row(offs_q, key_row, n_key_rows, n_tokens):
     """The row and the token of queries by their place on the axis of K*N."""
     timestep = offs_q // n_tokens

@@ -8,6 +8,7 @@ from tiue_kernels.triton.attention import (
     LOG2E,
     dot,
     dot_by_slices,
+    finite,
     load_bias,
     load_rows,
     query_row,
@@ -55,8 +56,12 @@ def few_keys_forward_kernel(
             s = dot(q_tail, tl.trans(k_tail), s)
         s = s * (scale * LOG2E) + bias[None, :]
         m = tl.max(s, 1)
+        if HAS_BIAS:
+            m = finite(m)
         p = tl.exp2(s - m[:, None])
         total = tl.sum(p, 1)
+        if HAS_BIAS:
+            total = tl.where(total == 0.0, 1.0, total)
         p = p.to(v.dtype)
         offs = row * stride_or + token * stride_ot
         acc = dot(p, v, tl.zeros([BLOCK_Q, BLOCK_D], tl.float32))
@@ -115,8 +120,8 @@ def forward_kernel(
             s += load_bias(bias_ptr, key_row, offs_k, n_keys, HAS_BIAS)[None, :]
         m_new = tl.maximum(m, tl.max(s, 1))
         m_used = m_new
-        if HAS_BIAS:  # every key so far may be masked
-            m_used = tl.where(m_new == float("-inf"), 0.0, m_new)
+        if HAS_BIAS:
+            m_used = finite(m_new)
         p = tl.exp2(s - m_used[:, None])
         correction = tl.exp2(m - m_used)
         total = total * correction + tl.sum(p, 1)
@@ -128,6 +133,9 @@ def forward_kernel(
             v_tail = load_rows(v_ptr, offs_k * stride_vt, mask_k, BLOCK_D, TAIL_D, HEAD_DIM)
             tail = dot(p, v_tail, tail * correction[:, None])
 
+    if HAS_BIAS:
+        m = finite(m)
+        total = tl.where(total == 0.0, 1.0, total)
     offs = row * stride_or + token * stride_ot
     store_rows(out_ptr, offs, mask_q, acc / total[:, None], 0, BLOCK_D, HEAD_DIM)
     if TAIL_D > 0:

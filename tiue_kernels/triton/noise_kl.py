@@ -6,8 +6,10 @@ import torch
 import triton
 import triton.language as tl
 
+from tiue_kernels.reference.noise_kl import LEAST_VARIANCE
 from tiue_kernels.triton.launch import bound, on_device_of, power_of_two
 
+LEAST = tl.constexpr(LEAST_VARIANCE)
 LARGEST_BLOCK = 8192  # 32 values a thread of 8 warps; a map of 4 x 64 x 64 is read in two blocks
 
 
@@ -32,7 +34,8 @@ def _forward_kernel(x_ptr, kl_ptr, moments_ptr, n_maps, n_values, BLOCK: tl.cons
         centred = tl.where(mask, x - mean, 0.0)
         squares += centred * centred
     variance = tl.sum(squares, axis=0) / (n_values - 1)
-    tl.store(kl_ptr + row, 0.5 * (mean * mean + variance - 1.0 - tl.log(variance)))
+    log = tl.log(tl.maximum(variance, LEAST))
+    tl.store(kl_ptr + row, 0.5 * (mean * mean + variance - 1.0 - log))
     tl.store(moments_ptr + row, mean)
     tl.store(moments_ptr + n_maps + row, variance)
 
@@ -52,7 +55,8 @@ def _backward_kernel(
     variance = tl.load(moments_ptr + n_maps + row)
     grad = tl.load(grad_kl_ptr + row).to(tl.float32)
     x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-    slope = mean / n_values + (x - mean) * (1.0 - 1.0 / variance) / (n_values - 1)
+    of_log = tl.where(variance >= LEAST, 1.0 / tl.maximum(variance, LEAST), 0.0)
+    slope = mean / n_values + (x - mean) * (1.0 - of_log) / (n_values - 1)
     tl.store(grad_x_ptr + offs, grad * slope, mask=mask)
 
 
