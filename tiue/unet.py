@@ -21,6 +21,7 @@ from tiue.decoder import decode_up_block
 from tiue.encoder import encode_down_block, encode_mid_block
 from tiue.errors import ArchitectureError, CheckpointError, InputError
 from tiue.schedule import OnePassSchedule
+from tiue.weights import load_whole
 from tiue_kernels import functional
 from tiue_kernels.layers import is_plain, is_plain_conv, repeat_rows
 
@@ -97,11 +98,11 @@ class TiUEUNet(UNet2DConditionModel):
         kwargs["use_safetensors"] = True
         try:
             check_unet_config(name, cls.load_config(name, **hub))
-            unet = super().from_pretrained(name, **kwargs)
         except CheckpointError:
             raise
         except (OSError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"no UNet could be loaded from {name}: {error}") from error
+        unet = load_whole(super().from_pretrained, name, "unet", **kwargs)
         check_architecture(unet)
         return unet
 

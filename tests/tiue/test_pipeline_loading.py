@@ -243,7 +243,7 @@ def test_missing_and_damaged_weights(folder):
 
 def test_weights_of_another_size(folder):
     edit_unet(folder, block_out_channels=[16, 64])
-    with pytest.raises(CheckpointError, match="cannot load"):
+    with pytest.raises(CheckpointError, match=r"unet of .* of another shape"):
         TiUEPipeline.from_pretrained(folder)
 
 

@@ -19,6 +19,7 @@ from tiue.distill.clip import ClipScorer
 from tiue.distill.text import TextEncoder
 from tiue.errors import CheckpointError, InputError, TiUEError
 from tiue.unet import TiUEUNet
+from tiue.weights import load_models, load_whole
 
 
 @contextmanager
@@ -85,8 +86,8 @@ def load_text_encoder(source: str, device: torch.device) -> TextEncoder:
     with _reading("tokenizer", source):
         tokenizer = AutoTokenizer.from_pretrained(source, subfolder="tokenizer")
     with _reading("text encoder", source):
-        text_encoder = CLIPTextModel.from_pretrained(
-            source, subfolder="text_encoder", use_safetensors=True
+        text_encoder = load_whole(
+            CLIPTextModel.from_pretrained, source, "text encoder", subfolder="text_encoder"
         )
     return TextEncoder(tokenizer, text_encoder.to(device))
 
@@ -113,7 +114,7 @@ def load_vae(source: str, device: torch.device) -> AutoencoderKL | AutoencoderTi
     if kind not in classes:
         return None
     with _reading("VAE", source):
-        vae = classes[kind].from_pretrained(source, subfolder="vae", use_safetensors=True)
+        vae = load_whole(classes[kind].from_pretrained, source, "VAE", subfolder="vae")
     return vae.to(device).eval().requires_grad_(False)
 
 
@@ -132,10 +133,10 @@ def load_clip_scorer(model: str, vae: str, device: torch.device) -> ClipScorer:
         CheckpointError: If one is missing, incomplete or a pickle.
     """
     with _reading("CLIP model", model):
-        clip = CLIPModel.from_pretrained(model, use_safetensors=True)
+        clip = load_whole(CLIPModel.from_pretrained, model, "CLIP model")
         tokenizer = AutoTokenizer.from_pretrained(model)
     with _reading("AutoencoderTiny", vae):
-        decoder = AutoencoderTiny.from_pretrained(vae, use_safetensors=True)
+        decoder = load_whole(AutoencoderTiny.from_pretrained, vae, "AutoencoderTiny")
     return ClipScorer(clip.to(device), tokenizer, decoder.to(device))
 
 
@@ -195,7 +196,8 @@ def load_pipeline_around(
         return None
     if index.get("vae", [None])[0] is None:
         return None
+    components = {"unet": unet, "scheduler": scheduler}
     with _reading("pipeline", source):
-        return StableDiffusionPipeline.from_pretrained(
-            source, unet=unet, scheduler=scheduler, use_safetensors=True
-        )
+        if Path(source).is_dir():
+            components |= load_models(Path(source), index, components)
+        return StableDiffusionPipeline.from_pretrained(source, use_safetensors=True, **components)

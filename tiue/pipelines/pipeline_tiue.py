@@ -7,6 +7,7 @@ import json
 import logging
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -39,6 +40,7 @@ from tiue.pipelines.drawing import CompiledDrawing, draw
 from tiue.pipelines.stages import Stages
 from tiue.schedule import OnePassSchedule
 from tiue.unet import TiUEUNet
+from tiue.weights import check_classes, load_models
 
 _log = logging.getLogger(__name__)
 
@@ -139,10 +141,15 @@ class TiUEPipeline(Stages, StableDiffusionPipeline):
         if not kwargs.setdefault("use_safetensors", True):
             raise InputError("use_safetensors=False: only safetensors are loaded; leave it out")
         try:
-            if not checkpoint.check_local(model, kwargs):
-                hub = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
-                checkpoint.check_index(model, cls.load_config(model, **hub), kwargs)
+            hub = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
+            is_local = checkpoint.check_local(model, kwargs)
+            index = cls.load_config(model, **hub)
+            if not is_local:
+                checkpoint.check_index(model, index, kwargs)
+            check_classes(model, index, kwargs)
             kwargs.setdefault("safety_checker", None)
+            folder = model if is_local else cls.download(model, **kwargs)
+            kwargs |= load_models(Path(folder), index, kwargs)
             pipe = super().from_pretrained(model, **kwargs)
         except TiUEError:
             raise

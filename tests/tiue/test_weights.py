@@ -1,0 +1,155 @@
+"""Model folders that lack weights, hold others, or name code: refused before anything is drawn."""
+
+import json
+import shutil
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.tiue.tiny import tiny_pipeline
+from tiue import TiUEPipeline, TiUEUNet
+from tiue.distill import loading
+from tiue.errors import CheckpointError
+
+FILES = {
+    "unet": "diffusion_pytorch_model.safetensors",
+    "vae": "diffusion_pytorch_model.safetensors",
+    "text_encoder": "model.safetensors",
+}
+FIRST = {"unet": "conv_in", "vae": "decoder.conv_in", "text_encoder": "layers.0"}
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def stock(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    tiny_pipeline().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(stock, tmp_path):
+    return shutil.copytree(stock, tmp_path / "model")
+
+
+def edit_weights(folder, part, edit) -> int:
+    """Write a part's file anew; returns how many tensors it lost."""
+    path = folder / part / FILES[part]
+    before = load_file(path)
+    after = edit(dict(before))
+    save_file({name: tensor.contiguous() for name, tensor in after.items()}, path)
+    return len(before) - len(after)
+
+
+def edit_json(path, **changes) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def without(word):
+    return lambda weights: {name: x for name, x in weights.items() if word not in name}
+
+
+@pytest.mark.parametrize("part", FILES)
+def test_weights_that_are_missing(folder, part):
+    count = edit_weights(folder, part, without(FIRST[part]))
+    assert count
+    with pytest.raises(
+        CheckpointError, match=rf"{part} of .* lacks {count} weights? \(.*"
+    ) as error:
+        TiUEPipeline.from_pretrained(folder)
+    assert str(error.value).count(FIRST[part]) == min(count, 3)
+
+
+@pytest.mark.parametrize("part", FILES)
+def test_a_file_without_tensors(folder, part):
+    count = edit_weights(folder, part, lambda weights: {})
+    with pytest.raises(
+        CheckpointError, match=rf"{part} of .* lacks {count} weights \(.*, \.\.\.\)"
+    ):
+        TiUEPipeline.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("part", FILES)
+def test_weights_of_another_shape(folder, part):
+    def cut(weights):
+        name = next(name for name in sorted(weights) if FIRST[part] in name)
+        return weights | {name: weights[name][:-1]}
+
+    edit_weights(folder, part, cut)
+    with pytest.raises(CheckpointError, match=rf"{part} of .*1 weight \(.*\[.*\] for \[.*\]\)"):
+        TiUEPipeline.from_pretrained(folder)
+
+
+def test_a_config_with_more_layers_than_the_weights(folder):
+    edit_json(folder / "text_encoder" / "config.json", num_hidden_layers=3)
+    with pytest.raises(CheckpointError, match=r"text_encoder .* lacks 16 weights"):
+        TiUEPipeline.from_pretrained(folder)
+
+
+def test_a_config_with_fewer_layers_is_said(folder, caplog):
+    edit_json(folder / "text_encoder" / "config.json", num_hidden_layers=1)
+    TiUEPipeline.from_pretrained(folder)
+    assert "text_encoder" in caplog.text
+    assert "holds 16 weights" in caplog.text
+    assert "LOAD REPORT" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("part", "kind"),
+    [("text_encoder", "T5EncoderModel"), ("vae", "VQModel"), ("text_encoder", "CLIPModel")],
+)
+def test_a_model_of_another_class(folder, part, kind):
+    index = json.loads((folder / "model_index.json").read_text())
+    edit_json(folder / "model_index.json", **{part: [index[part][0], kind]})
+    with pytest.raises(CheckpointError, match=f"names a {kind} for its {part}"):
+        TiUEPipeline.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("part", ["scheduler", "vae", "tokenizer", "feature_extractor"])
+def test_a_module_that_the_index_names_is_not_imported(folder, tmp_path, monkeypatch, part):
+    (tmp_path / "brought_along.py").write_text("class Thing: pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    edit_json(folder / "model_index.json", **{part: ["brought_along", "Thing"]})
+    with pytest.raises(CheckpointError, match="brought_along, code that is not imported"):
+        TiUEPipeline.from_pretrained(folder)
+    assert "brought_along" not in sys.modules
+
+
+@pytest.mark.parametrize("value", [["diffusers"], [1, 2], ["diffusers", ["AutoencoderKL"]]])
+def test_an_index_that_names_no_class(folder, value):
+    edit_json(folder / "model_index.json", vae=value)
+    with pytest.raises(CheckpointError):
+        TiUEPipeline.from_pretrained(folder)
+
+
+def test_a_unet_alone(folder):
+    edit_weights(folder, "unet", without("up_blocks.0"))
+    with pytest.raises(CheckpointError, match=r"unet of .* lacks \d+ weights \(up_blocks\.0"):
+        TiUEUNet.from_pretrained(folder / "unet")
+
+
+def test_the_parts_of_a_distillation(folder):
+    """A copy lacks a layer of each part: every loader names it."""
+    lost = {part: edit_weights(folder, part, without(FIRST[part])) for part in FILES}
+    for part, load in {
+        "unet": lambda: loading.load_unet(str(folder)),
+        "text_encoder": lambda: loading.load_text_encoder(str(folder), CPU),
+        "vae": lambda: loading.load_vae(str(folder), CPU),
+    }.items():
+        with pytest.raises(CheckpointError, match=rf"lacks {lost[part]} weights?"):
+            load()
+    pipe = tiny_pipeline()
+    with pytest.raises(CheckpointError, match="lacks"):
+        loading.load_pipeline_around(str(folder), pipe.unet, pipe.scheduler)
+
+
+def test_a_whole_model_draws_what_it_drew(stock):
+    """Loading by part changes nothing: the same tensors and types as diffusers' own loading."""
+    pipe, plain = TiUEPipeline.from_pretrained(stock), tiny_pipeline()
+    for part in FILES:
+        ours, theirs = (getattr(p, part).state_dict() for p in (pipe, plain))
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+        assert not getattr(pipe, part).training

@@ -1,0 +1,215 @@
+"""Loading whole models: every weight that a model has lies in its files, in its shape."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, AutoencoderTiny, ModelMixin, UNet2DConditionModel
+from safetensors import SafetensorError
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPVisionModelWithProjection
+
+from tiue.errors import CheckpointError, TiUEError
+
+_log = logging.getLogger(__name__)
+
+# What a model_index.json may name for a model; nothing else is imported, let alone called.
+CLASSES: dict[str, tuple[type, ...]] = {
+    "unet": (UNet2DConditionModel,),
+    "vae": (AutoencoderKL, AutoencoderTiny),
+    "text_encoder": (CLIPTextModel,),
+    "text_encoder_2": (CLIPTextModelWithProjection,),
+    "image_encoder": (CLIPVisionModelWithProjection,),
+}
+# What reads models in ways of its own, and reports no keys.
+_LOADED_BY_DIFFUSERS = ("device_map", "quantization_config", "use_flashpack")
+_REPORTERS = ("diffusers.models.modeling_utils", "transformers.modeling_utils")
+_SHOWN = 3
+
+
+def load_whole(
+    load: Callable[..., Any], source: str | os.PathLike[str], part: str, **kwargs: Any
+) -> Any:
+    """Load a model of diffusers or transformers, whole: neither starts weights of its own.
+
+    Both libraries fill what a file lacks with random or uninitialised memory and say so in the log.
+
+    Args:
+        load: The `from_pretrained` of the model's class.
+        source: A folder or a hub id.
+        part: What it is, for the message: "unet", "text encoder".
+        **kwargs: What else it takes, `subfolder` and `dtype` among them.
+
+    Returns:
+        The model.
+
+    Raises:
+        CheckpointError: A weight is absent or of another shape, or the files cannot be read.
+    """
+    kwargs.setdefault("use_safetensors", True)
+    try:
+        with _unsaid():
+            model, report = load(
+                source, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+            )
+    except TiUEError:
+        raise
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"cannot load the {part} of {source}: {error}") from error
+    check_report(report, source, part)
+    return model
+
+
+@contextmanager
+def _unsaid() -> Iterator[None]:
+    """Keep the libraries' own tables of keys out of the log: `check_report` reads and says them."""
+
+    def is_no_table(record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        return not text.startswith("Some weights of") and "LOAD REPORT" not in text
+
+    loggers = [logging.getLogger(name) for name in _REPORTERS]
+    for logger in loggers:
+        logger.addFilter(is_no_table)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(is_no_table)
+
+
+def check_report(report: Mapping[str, Any], source: str | os.PathLike[str], part: str) -> None:
+    """See that a loading report of diffusers or transformers says that nothing was amiss.
+
+    Args:
+        report: Their `output_loading_info`.
+        source: Where the model came from, for the message.
+        part: What it is, likewise.
+
+    Raises:
+        CheckpointError: Keys are missing, or of another shape.
+    """
+    missing = sorted(report.get("missing_keys") or ())
+    shapes = sorted(report.get("mismatched_keys") or ())
+    if missing:
+        raise CheckpointError(
+            f"the {part} of {source} lacks {_weights(missing)}: fetch the model again, or see that"
+            " its config.json belongs to it"
+        )
+    if shapes:
+        found = [f"{key} {list(there)} for {list(wanted)}" for key, there, wanted in shapes]
+        raise CheckpointError(
+            f"the {part} of {source} has {_weights(found)} of another shape: its config.json is of"
+            " another model"
+        )
+    errors = list(report.get("error_msgs") or ())
+    if errors:
+        raise CheckpointError(f"cannot load the {part} of {source}: {'; '.join(errors)}")
+    unexpected = sorted(report.get("unexpected_keys") or ())
+    if unexpected:
+        _log.warning(
+            "the %s of %s holds %s that the model of its config.json has no place for",
+            *(part, source, _weights(unexpected)),
+        )
+
+
+def _weights(keys: list[str]) -> str:
+    shown = ", ".join(keys[:_SHOWN]) + (", ..." if len(keys) > _SHOWN else "")
+    return f"{len(keys)} {'weight' if len(keys) == 1 else 'weights'} ({shown})"
+
+
+def check_classes(model: str, index: Mapping[str, Any], given: Collection[str] = ()) -> None:
+    """See, before diffusers imports what a model_index.json names, that it names known classes.
+
+    Args:
+        model: The folder or hub id, for the message.
+        index: The content of model_index.json.
+        given: Names of components that the caller has.
+
+    Raises:
+        CheckpointError: A library that is neither diffusers nor transformers, or a model of
+            another class than this package runs.
+    """
+    for name, value in index.items():
+        if name.startswith("_") or name in given or not isinstance(value, list):
+            continue
+        if len(value) != 2 or not all(isinstance(item, str | None) for item in value):
+            raise CheckpointError(f"{model}: model_index.json is damaged at {name} ({value})")
+        library, kind = value
+        if library is None or kind is None:
+            continue
+        student = (library.split(".")[0], kind) == ("tiue", "TiUEUNet")
+        own = name == "safety_checker" and library == "stable_diffusion"
+        if library not in ("diffusers", "transformers") and not (student or own):
+            raise CheckpointError(
+                f"{model} wants its {name} from {library}, code that is not imported; the parts"
+                " of a model come from diffusers and transformers"
+            )
+        names = [cls.__name__ for cls in CLASSES.get(name, ())]
+        if names and not student and kind not in names:
+            raise CheckpointError(
+                f"{model} names a {kind} for its {name}; a {' or '.join(names)} is what runs here"
+            )
+
+
+def load_models(
+    folder: Path, index: Mapping[str, Any], kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Load the models of a pipeline folder, each whole.
+
+    Args:
+        folder: In the diffusers layout.
+        index: The content of its model_index.json, which `check_classes` let pass.
+        kwargs: Those of the pipeline's `from_pretrained`; components in it are not loaded.
+
+    Returns:
+        Name of the component to model, for the pipeline's `from_pretrained`; empty where
+        `device_map` or `quantization_config` leave the loading to diffusers.
+
+    Raises:
+        CheckpointError: One is incomplete.
+    """
+    if any(kwargs.get(name) is not None for name in _LOADED_BY_DIFFUSERS):
+        return {}
+    variant = kwargs.get("variant")
+    names = [name for name in CLASSES if _is_in(folder, index, name) and name not in kwargs]
+    variants = {name: variant for name in names if variant and _has_variant(folder / name, variant)}
+    if variant and not variants:
+        return {}  # diffusers says which are there
+    options = {name: kwargs[name] for name in ("low_cpu_mem_usage",) if name in kwargs}
+    models = {}
+    for name in names:
+        cls = _class_of(name, index[name][1])
+        dtype = kwargs.get("dtype") or kwargs.get("torch_dtype")
+        if isinstance(dtype, dict):
+            dtype = dtype.get(name, dtype.get("default"))
+        # float32 as diffusers loads a pipeline; transformers alone keeps the files' own type.
+        own = options | {"dtype": dtype or torch.float32}
+        if name in variants:
+            own["variant"] = variant
+        if issubclass(cls, ModelMixin) and "disable_mmap" in kwargs:
+            own["disable_mmap"] = kwargs["disable_mmap"]
+        models[name] = load_whole(cls.from_pretrained, folder / name, name, **own)
+    return models
+
+
+def _is_in(folder: Path, index: Mapping[str, Any], name: str) -> bool:
+    value = index.get(name)
+    return isinstance(value, list) and value[1] is not None and (folder / name).is_dir()
+
+
+def _class_of(name: str, kind: str) -> Any:
+    if name == "unet":
+        return UNet2DConditionModel
+    return next(cls for cls in CLASSES[name] if cls.__name__ == kind)
+
+
+def _has_variant(folder: Path, variant: str) -> bool:
+    pattern = re.compile(rf"\.{re.escape(variant)}(-\d+-of-\d+)?\.safetensors")
+    return any(pattern.search(path.name) for path in folder.iterdir())
