@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tiue.openmoji import load_openmoji
     from tiue.pipelines import TiUEPipeline
+    from tiue.scenes import load_scenes
     from tiue.schedule import OnePassSchedule
     from tiue.unet import TiUEUNet
 
 __version__ = "0.1.0"
-__all__ = ["OnePassSchedule", "TiUEPipeline", "TiUEUNet", "load_openmoji"]
+__all__ = ["OnePassSchedule", "TiUEPipeline", "TiUEUNet", "load_openmoji", "load_scenes"]
 
 # Imported at first use: torch and diffusers take seconds, `tiue --help` must not.
 _HOMES = {
@@ -22,6 +23,7 @@ _HOMES = {
     "TiUEPipeline": "tiue.pipelines",
     "TiUEUNet": "tiue.unet",
     "load_openmoji": "tiue.openmoji",
+    "load_scenes": "tiue.scenes",
 }
 
 

@@ -26,7 +26,7 @@ def _signature() -> inspect.Signature:
                     "--config",
                     "-c",
                     help="YAML file of settings, or a shipped recipe: sd15, sd21-base, "
-                    "one-gpu-24gb, openmoji. The options below take precedence.",
+                    "one-gpu-24gb, openmoji, scenes. The options below take precedence.",
                 ),
             ],
         )

@@ -23,7 +23,7 @@ class DistillConfig:
     teacher: Annotated[
         str,
         "Folder or hub id of the Stable Diffusion pipeline to distil (UNet, text encoder, "
-        "tokenizer, scheduler; safetensors only); 'openmoji' is the model in this package.",
+        "tokenizer, scheduler; safetensors only); 'openmoji' and 'scenes' are in this package.",
     ]
     output: Annotated[Path, "Folder that receives the student, its checkpoints and the logs."]
     prompts: Annotated[

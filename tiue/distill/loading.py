@@ -17,6 +17,7 @@ from transformers import AutoTokenizer, CLIPModel, CLIPTextModel
 from tiue.checkpoints import looks_local
 from tiue.distill.clip import ClipScorer
 from tiue.distill.text import TextEncoder
+from tiue.embedded import EMBEDDED, weights_folder
 from tiue.errors import CheckpointError, InputError, TiUEError
 from tiue.unet import TiUEUNet
 from tiue.weights import load_models, load_whole
@@ -41,12 +42,8 @@ def _reading(part: str, source: str) -> Iterator[None]:
 
 
 def resolve_teacher(source: str) -> str:
-    """Put the folder in the place of the name `openmoji`, the model in this package."""
-    if source == "openmoji":
-        from tiue.openmoji import WEIGHTS
-
-        return str(WEIGHTS / "teacher")
-    return source
+    """Put the folder in the place of the name of a model in this package."""
+    return str(weights_folder(source) / "teacher") if source in EMBEDDED else source
 
 
 def load_unet(source: str, dtype: torch.dtype = torch.float32) -> TiUEUNet:

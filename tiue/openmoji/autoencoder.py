@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from diffusers import AutoencoderTiny
@@ -11,8 +11,18 @@ from torch import nn
 
 from tiue.errors import CheckpointError
 from tiue.openmoji.config import LATENT_CHANNELS, AutoencoderConfig, DecoderConfig
-from tiue.openmoji.data import Pictures
 from tiue.openmoji.loop import cosine_rate, run, set_rate, step_generator
+
+
+class PictureSet(Protocol):
+    """The pictures of a stage."""
+
+    @property
+    def images(self) -> torch.Tensor:
+        """[N, 3, 64, 64] uint8."""
+
+    def sample(self, batch_size: int, generator: torch.Generator) -> torch.Tensor:
+        """Draws picture indices [batch_size]."""
 
 
 def build_autoencoder(config: AutoencoderConfig) -> AutoencoderTiny:
@@ -84,7 +94,7 @@ def add_latent_noise(
 
 
 @torch.no_grad()
-def encode_pictures(model: AutoencoderTiny, pictures: Pictures) -> torch.Tensor:
+def encode_pictures(model: AutoencoderTiny, pictures: PictureSet) -> torch.Tensor:
     """Encodes all pictures to scaled latents [N, 16, 8, 8], of unit deviation once trained."""
     batches = pictures.images.split(64)
     latents = torch.cat([model.encode(to_model_range(batch)).latents for batch in batches])
@@ -128,9 +138,14 @@ class _Stage:
 class AutoencoderTraining(_Stage):
     """Trains encoder and decoder together, on crops."""
 
-    def __init__(self, pictures: Pictures, config: AutoencoderConfig) -> None:
+    def __init__(
+        self,
+        pictures: PictureSet,
+        config: AutoencoderConfig,
+        model: AutoencoderTiny | None = None,
+    ) -> None:
         torch.manual_seed(config.seed)
-        model = build_autoencoder(config).train()
+        model = (model or build_autoencoder(config)).train()
         super().__init__(model, model, config)
         self.pictures = pictures
         self.config = config
@@ -153,7 +168,7 @@ class AutoencoderTraining(_Stage):
 class DecoderTraining(_Stage):
     """Trains the decoder alone on whole pictures, so that the latents stay as they are."""
 
-    def __init__(self, model: AutoencoderTiny, pictures: Pictures, config: DecoderConfig) -> None:
+    def __init__(self, model: AutoencoderTiny, pictures: PictureSet, config: DecoderConfig) -> None:
         model.requires_grad_(False).decoder.requires_grad_(True)
         super().__init__(model, model.decoder, config)
         self.pictures = pictures
@@ -174,7 +189,11 @@ class DecoderTraining(_Stage):
 
 
 def train_autoencoder(
-    pictures: Pictures, folder: Path, config: AutoencoderConfig, resume: bool = False
+    pictures: PictureSet,
+    folder: Path,
+    config: AutoencoderConfig,
+    resume: bool = False,
+    model: AutoencoderTiny | None = None,
 ) -> AutoencoderTiny:
     """Trains the autoencoder and saves it as a diffusers folder.
 
@@ -183,11 +202,12 @@ def train_autoencoder(
         folder: receives `checkpoint.pt` on the way and `vae/` in the end.
         config: sizes, rates, steps, seed.
         resume: go on from the folder's checkpoint.
+        model: an autoencoder to train on; by default a new one.
 
     Returns:
         The trained autoencoder, its `scaling_factor` set to 1 / deviation of the latents.
     """
-    training = AutoencoderTraining(pictures, config)
+    training = AutoencoderTraining(pictures, config, model)
     run(training, folder, config.steps, resume)
     model = training.model.eval()
     model.register_to_config(scaling_factor=1.0)
@@ -198,7 +218,11 @@ def train_autoencoder(
 
 
 def train_decoder(
-    pictures: Pictures, autoencoder: Path, folder: Path, config: DecoderConfig, resume: bool = False
+    pictures: PictureSet,
+    autoencoder: Path,
+    folder: Path,
+    config: DecoderConfig,
+    resume: bool = False,
 ) -> AutoencoderTiny:
     """Trains the autoencoder's decoder on; independent of the teacher, which sees latents only.
 

@@ -46,6 +46,13 @@ def cosine_rate(step: int, steps: int, warmup_steps: int, floor: float = 0.01) -
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
+def decaying_rate(step: int, steps: int, warmup_steps: int, decay_share: float) -> float:
+    """Factor on the learning rate: warm-up, then 1, then down to 0 over the last `decay_share`."""
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    return min(1.0, (steps - step) / max(1.0, decay_share * steps))
+
+
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     """Sets the learning rate of every parameter group."""
     for group in optimizer.param_groups:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from diffusers import (
@@ -43,12 +43,35 @@ from tiue.openmoji.loop import (
 SHEET_EVERY = 1000
 
 
-def train_tokenizer(prompts: list[str], vocabulary: int) -> CLIPTokenizer:
+class TextConfig(Protocol):
+    """The text encoder's sizes."""
+
+    @property
+    def text_width(self) -> int:
+        """Channels."""
+
+    @property
+    def text_layers(self) -> int:
+        """Layers."""
+
+    @property
+    def text_heads(self) -> int:
+        """Heads of attention."""
+
+    @property
+    def text_feed_forward(self) -> int:
+        """Channels inside the feed-forwards."""
+
+
+def train_tokenizer(
+    prompts: list[str], vocabulary: int, max_tokens: int = MAX_PROMPT_TOKENS
+) -> CLIPTokenizer:
     """Trains CLIP's byte-level BPE on the prompts.
 
     Args:
         prompts: what to learn the merges from.
         vocabulary: tokens in all: 2 special, 256 bytes inside a word, 256 at its end, merges.
+        max_tokens: to which prompts are padded and cut.
 
     Returns:
         A tokenizer that knows every byte, so no text maps to the unknown token.
@@ -70,7 +93,7 @@ def train_tokenizer(prompts: list[str], vocabulary: int) -> CLIPTokenizer:
     return CLIPTokenizer(
         vocab={token: index for index, token in enumerate(tokens)},
         merges=merges,
-        model_max_length=MAX_PROMPT_TOKENS,
+        model_max_length=max_tokens,
     )
 
 
@@ -92,7 +115,7 @@ def build_scheduler() -> DDIMScheduler:
     )
 
 
-def build_text_encoder(config: TeacherConfig, tokenizer: CLIPTokenizer) -> CLIPTextModel:
+def build_text_encoder(config: TextConfig, tokenizer: CLIPTokenizer) -> CLIPTextModel:
     """Builds the text encoder with random weights."""
     return CLIPTextModel(
         CLIPTextConfig(
@@ -101,7 +124,7 @@ def build_text_encoder(config: TeacherConfig, tokenizer: CLIPTokenizer) -> CLIPT
             intermediate_size=config.text_feed_forward,
             num_hidden_layers=config.text_layers,
             num_attention_heads=config.text_heads,
-            max_position_embeddings=MAX_PROMPT_TOKENS,
+            max_position_embeddings=tokenizer.model_max_length,
             projection_dim=config.text_width,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
@@ -139,6 +162,7 @@ def build_pipeline(
     text_encoder: CLIPTextModel,
     tokenizer: CLIPTokenizer,
     unet: UNet2DConditionModel,
+    scheduler: DDIMScheduler | None = None,
 ) -> StableDiffusionPipeline:
     """Puts the parts into diffusers' own Stable Diffusion pipeline."""
     pipeline = StableDiffusionPipeline(
@@ -146,7 +170,7 @@ def build_pipeline(
         text_encoder=text_encoder,
         tokenizer=tokenizer,
         unet=unet,
-        scheduler=build_scheduler(),
+        scheduler=scheduler or build_scheduler(),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
@@ -156,11 +180,11 @@ def build_pipeline(
 
 
 def tokenize(tokenizer: CLIPTokenizer, prompts: list[str]) -> torch.Tensor:
-    """Turns prompts into padded token ids [len(prompts), 16], as the pipeline does."""
+    """Turns prompts into token ids [len(prompts), longest], padded as the pipeline does."""
     return tokenizer(
         prompts,
         padding="max_length",
-        max_length=MAX_PROMPT_TOKENS,
+        max_length=tokenizer.model_max_length,
         truncation=True,
         return_tensors="pt",
     ).input_ids

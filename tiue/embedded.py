@@ -1,0 +1,91 @@
+"""The models inside this package: where they lie, and how their folders become pipelines."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tiue.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import StableDiffusionPipeline
+
+    from tiue.pipelines import TiUEPipeline
+
+EMBEDDED = ("openmoji", "scenes")
+
+
+def weights_folder(name: str) -> Path:
+    """The folder of an embedded model's weights, `teacher/` and `student/`, whether there or not.
+
+    Args:
+        name: one of `EMBEDDED`.
+    """
+    return Path(__file__).parent / name / "weights"
+
+
+def load_student(
+    model: str, weights: Path, torch_dtype: torch.dtype | None = None, student: Path | None = None
+) -> TiUEPipeline:
+    """Loads an embedded one-pass model; no network.
+
+    Args:
+        model: one of `EMBEDDED`.
+        weights: folder that the model's `export` command wrote.
+        torch_dtype: type of the weights in memory; float32 by default (the files hold float16).
+        student: another student than the one in `weights`: a folder with `unet/`, `scheduler/`.
+
+    Returns:
+        The student with the teacher's autoencoder, text encoder and tokenizer, on the CPU.
+
+    Raises:
+        CheckpointError: if the weights are missing or incomplete.
+    """
+    import torch
+    from diffusers import DDIMScheduler
+
+    from tiue.pipelines import TiUEPipeline
+    from tiue.unet import TiUEUNet
+
+    student = student or _existing(model, weights / "student")
+    dtype = torch_dtype or torch.float32
+    return TiUEPipeline.from_pretrained(
+        _existing(model, weights / "teacher"),
+        unet=TiUEUNet.from_pretrained(student, subfolder="unet", torch_dtype=dtype),
+        scheduler=DDIMScheduler.from_pretrained(student, subfolder="scheduler"),
+        torch_dtype=dtype,
+    )
+
+
+def load_teacher(
+    model: str, weights: Path, torch_dtype: torch.dtype | None = None
+) -> StableDiffusionPipeline:
+    """Loads an embedded teacher as diffusers' own pipeline; no network.
+
+    Args:
+        model: one of `EMBEDDED`.
+        weights: folder that the model's `export` command wrote.
+        torch_dtype: type of the weights in memory; float32 by default (the files hold float16).
+
+    Returns:
+        The pipeline, on the CPU.
+
+    Raises:
+        CheckpointError: if the weights are missing.
+    """
+    import torch
+    from diffusers import StableDiffusionPipeline
+
+    return StableDiffusionPipeline.from_pretrained(
+        _existing(model, weights / "teacher"), torch_dtype=torch_dtype or torch.float32
+    )
+
+
+def _existing(model: str, folder: Path) -> Path:
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"no embedded model in {folder}: install the whole package, or make it with "
+            f"`python -m tiue.{model}.train` (its stages in order, then export)"
+        )
+    return folder

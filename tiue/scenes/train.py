@@ -1,0 +1,123 @@
+"""Makes the scenes model: `python -m tiue.scenes.train STAGE`, one stage after another."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tiue.cli import OneLineErrors
+from tiue.openmoji.config import DecoderConfig
+from tiue.scenes.config import DECODER_STEPS, AutoencoderConfig, TeacherConfig
+
+app = typer.Typer(
+    cls=OneLineErrors,
+    help="Make the scenes model: autoencoder, decoder, teacher, student, export, in this order.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+)
+
+DEFAULT_WORK = Path("runs/scenes")
+Work = Annotated[Path, typer.Option(help="Where pictures, checkpoints and results go.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of everything that is drawn.")]
+
+
+@app.command()
+def autoencoder(
+    work: Work = DEFAULT_WORK,
+    steps: Annotated[int, typer.Option(min=1, help="Updates.")] = AutoencoderConfig.steps,
+    seed: Seed = AutoencoderConfig.seed,
+    resume: Resume = False,
+) -> None:
+    """Train the OpenMoji model's autoencoder on, for scenes."""
+    from tiue.openmoji import load_openmoji
+    from tiue.openmoji.autoencoder import train_autoencoder
+    from tiue.scenes.data import load_pool
+
+    config = AutoencoderConfig(steps=steps, seed=seed)
+    pool = load_pool(work / "autoencoder.safetensors", config.pool, seed + 1)
+    model = load_openmoji().vae.requires_grad_(True)
+    train_autoencoder(pool, work / "autoencoder", config, resume, model)
+
+
+@app.command()
+def decoder(
+    work: Work = DEFAULT_WORK,
+    steps: Annotated[int, typer.Option(min=1, help="Updates.")] = DecoderConfig.steps,
+    seed: Seed = DecoderConfig.seed,
+    resume: Resume = False,
+) -> None:
+    """Train the autoencoder's decoder on, latents fixed; may run beside the teacher."""
+    from tiue.openmoji.autoencoder import train_decoder
+    from tiue.scenes.data import load_pool
+
+    pool = load_pool(work / "autoencoder.safetensors", AutoencoderConfig.pool, 1)
+    config = DecoderConfig(steps=steps, seed=seed)
+    train_decoder(pool, work / "autoencoder", work / "decoder", config, resume)
+
+
+@app.command()
+def teacher(
+    work: Work = DEFAULT_WORK,
+    steps: Annotated[int, typer.Option(min=1, help="Updates.")] = TeacherConfig.steps,
+    seed: Seed = TeacherConfig.seed,
+    resume: Resume = False,
+) -> None:
+    """Train the teacher's UNet and text encoder on the autoencoder's latents.
+
+    On several cores: torchrun --nproc-per-node 2 -m tiue.scenes.train teacher
+    """
+    from torch import distributed
+
+    from tiue.scenes.data import load_pool
+    from tiue.scenes.teacher import train_teacher
+
+    if distributed.is_torchelastic_launched():
+        distributed.init_process_group("gloo")
+
+    config = TeacherConfig(steps=steps, seed=seed)
+    pool = load_pool(work / "teacher.safetensors", config.pool, seed)
+    train_teacher(pool, work / "autoencoder", work / "teacher", config, resume)
+
+
+@app.command()
+def student(
+    work: Work = DEFAULT_WORK,
+    num_decoder_steps: Annotated[
+        int, typer.Option("--num-decoder-steps", "-k", min=1, help="Decoder timesteps K.")
+    ] = DECODER_STEPS,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Updates; by default the recipe's.")
+    ] = None,
+    seed: Seed = 0,
+    resume: Resume = False,
+) -> None:
+    """Distil the teacher into a one-pass student, by the recipe `scenes` of `tiue distill`.
+
+    The teacher is the work folder's, or the shipped one where that has none.
+    """
+    from tiue.scenes.student import train_student
+
+    given = {} if steps is None else {"steps": steps}
+    train_student(work, num_decoder_steps, resume, seed=seed, **given)
+
+
+@app.command()
+def export(
+    work: Work = DEFAULT_WORK,
+    output: Annotated[
+        Path | None, typer.Option(help="By default the weights folder of this package.")
+    ] = None,
+) -> None:
+    """Write teacher and student, those that are trained, as float16 diffusers folders."""
+    from tiue.openmoji.export import export_weights
+    from tiue.scenes import WEIGHTS
+
+    export_weights(work, output or WEIGHTS)
+
+
+if __name__ == "__main__":
+    app()
