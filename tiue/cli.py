@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from tiue.devices import Dtype, find_device, find_dtype
-from tiue.distill.command import distill_command, embed_text_command
+from tiue.distill.command import SectionedHelp, distill_command, embed_text_command
 from tiue.errors import DivergenceError, InputError, NonFiniteError, OutputError, TiUEError
 from tiue.evaluate.command import compare_command, evaluate_command
 
@@ -163,7 +163,7 @@ def generate(
     typer.echo(f"{'total':12} {sum(timings.values()):8.3f} s for {len(pictures)} pictures")
 
 
-app.command("distill")(distill_command)
+app.command("distill", cls=SectionedHelp)(distill_command)
 app.command("embed-text")(embed_text_command)
 app.command("evaluate")(evaluate_command)
 app.command("compare")(compare_command)

@@ -6,9 +6,7 @@ random state of every process, and `RunState`.
 """
 
 import pickle
-import re
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -28,11 +26,11 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_
 
 from tiue.distill.config import DistillConfig
 from tiue.distill.files import WRITE_ERRORS, cannot_write, sync_folder, sync_tree
-from tiue.distill.settings import differing_fields, load_config, write_config
+from tiue.distill.output import list_checkpoints
+from tiue.distill.settings import CONFIG, changed_fields, load_config, write_config
 from tiue.distill.step import Trained
-from tiue.errors import CheckpointError, OutputError, TiUEError
+from tiue.errors import CheckpointError, TiUEError
 
-CONFIG = "config.yaml"
 _NAME = "step-{:08d}"
 _LORA_FILE = "adapter_model.safetensors"
 _LORA_PREFIX = "base_model.model."  # where `PeftModel` keeps the model that it wraps
@@ -51,37 +49,58 @@ class RunState:
         samples_seen: Samples of all processes so far: the place in the order of prompts.
         samples_per_step: Samples of an update, over all processes and micro-batches.
         prompts_digest: Tells the prompts from others.
+        teacher_digest: Tells the teacher from others, wherever its files lie.
         ema_steps: Updates of the moving average.
         guard: Running means of what is watched.
+        allowed: Settings that may be others than a checkpoint's; of this start alone.
+        changed: What they were and are; of this start alone.
     """
 
     samples_per_step: int
     prompts_digest: str
+    teacher_digest: str = ""
     step: int = 0
     samples_seen: int = 0
     ema_steps: int = 0
     guard: dict[str, Any] = field(default_factory=dict)
+    allowed: tuple[str, ...] = ()
+    changed: dict[str, list[Any]] = field(default_factory=dict)
 
     def state_dict(self) -> dict[str, Any]:
-        """All attributes by name."""
-        return asdict(self)
+        """What outlasts this start, by name."""
+        return {k: v for k, v in asdict(self).items() if k not in ("allowed", "changed")}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` gave.
 
         Raises:
-            CheckpointError: If it is of other prompts or another batch.
+            CheckpointError: If it is of another teacher, other prompts or another batch, and that
+                is not allowed.
         """
-        if state["prompts_digest"] != self.prompts_digest:
-            raise CheckpointError(
-                "the prompts are not those that the run was started with; give the same file"
-            )
-        if state["samples_per_step"] != self.samples_per_step:
-            raise CheckpointError(
-                f"its updates had {state['samples_per_step']} samples, and now they have "
-                f"{self.samples_per_step}: batch_size x gradient_accumulation_steps x processes "
-                "must stay the same"
-            )
+        samples, now = state["samples_per_step"], self.samples_per_step
+        compared = {
+            "prompts_digest": (
+                ("prompts", "embeddings"),
+                "the prompts are not those that the run was started with; give the same file",
+            ),
+            "teacher_digest": (
+                ("teacher",),
+                "the teacher is not the one that the run was started with; give the same weights",
+            ),
+            "samples_per_step": (
+                ("batch_size", "gradient_accumulation_steps"),
+                f"its updates had {samples} samples, and now they have {now}: batch_size x "
+                "gradient_accumulation_steps x processes must stay the same",
+            ),
+        }
+        state = dict(state)
+        for name, (settings, reason) in compared.items():
+            before, own = state.pop(name, ""), getattr(self, name)
+            if before in (own, ""):
+                continue
+            if not set(settings) & set(self.allowed):
+                raise CheckpointError(f"{reason}, or --allow-change {settings[0]}")
+            self.changed[name] = [before, own]
         vars(self).update(state)
 
 
@@ -155,11 +174,14 @@ class Checkpoints:
         wait()
         return place
 
-    def load(self, place: Path) -> None:
-        """Read a checkpoint back into everything that is prepared.
+    def load(self, place: Path) -> DistillConfig:
+        """Read a checkpoint back into everything that is prepared; rates stay as they are set now.
 
         Args:
             place: A folder that `save` returned.
+
+        Returns:
+            The settings that it was written under.
 
         Raises:
             CheckpointError: If it is damaged, or of a run with other settings.
@@ -167,21 +189,34 @@ class Checkpoints:
         try:
             saved = load_config(place / CONFIG)
         except TiUEError as error:
-            raise _unreadable(place, error) from error
-        different = differing_fields(self.config, saved)
-        if different:
+            raise self._unreadable(place, error) from error
+        changed = changed_fields(self.config, saved)
+        refused = [name for name in changed if name not in self.config.allow_change]
+        if refused:
             values = "; ".join(
-                f"{name} was {getattr(saved, name)!r} and is {getattr(self.config, name)!r}"
-                for name in different
+                f"{n} was {changed[n][0]!r} and is {changed[n][1]!r}" for n in refused
             )
             raise CheckpointError(
-                f"'{place}' is of a run with other settings: {values}. Give the settings of "
-                f"'{place / CONFIG}', or start anew from its weights with --student {place}/unet."
+                f"'{place}' is of a run with other settings: {values}. They decide what the "
+                f"weights become: give those of '{place / CONFIG}', go on with others by "
+                f"--allow-change {refused[0]}, or start anew with --student {place}/unet."
             )
+        self.state.changed = dict(changed)
+        given = [_settings_of(trained) for trained in (self.student, self.lora)]
+        scaler = self.accelerator.scaler
+        if not (place / "scaler.pt").exists():
+            self.accelerator.scaler = None  # float16 was not on before
         try:
             self.accelerator.load_state(str(place))
+        except TiUEError as error:
+            raise CheckpointError(f"Cannot resume from '{place}': {error}.") from error
         except _UNREADABLE as error:
-            raise _unreadable(place, error) from error
+            raise self._unreadable(place, error) from error
+        finally:
+            self.accelerator.scaler = scaler
+        for trained, settings in zip((self.student, self.lora), given, strict=True):
+            _put_settings(trained, settings)
+        return saved
 
     def write_student(self, folder: Path, averaged: bool = True) -> None:
         """Write the student as a UNet folder; every process must ask.
@@ -197,6 +232,18 @@ class Checkpoints:
             if self.accelerator.is_main_process:
                 weights = {name.removeprefix(_STUDENT_PREFIX): w for name, w in state.items()}
                 write_unet(self.accelerator.unwrap_model(network).unet, weights, folder)
+
+    def _unreadable(self, place: Path, error: Exception) -> CheckpointError:
+        if self.state.changed:
+            cure = f"Does it fit the changed {', '.join(self.state.changed)}?"
+        else:
+            older = [found for found in list_checkpoints(self.folder) if found.name < place.name]
+            cure = (
+                f"Delete this folder to go on from {older[-1].name}."
+                if older
+                else "There is no older one: start anew in another folder."
+            )
+        return CheckpointError(f"Cannot resume from '{place}' ({error}). {cure}")
 
     def _write_models(self, _models: list[Any], weights: list[Any], output: str) -> None:
         weights.clear()  # else accelerate would write them a second time
@@ -270,51 +317,27 @@ def write_unet(unet: UNet2DConditionModel, state: dict[str, Tensor], folder: Pat
     save_torch_state_dict(state, folder, filename_pattern=pattern, max_shard_size="10GB")
 
 
-def list_checkpoints(checkpoints: Path) -> list[Path]:
-    """List the complete checkpoints of a folder, oldest first."""
-    if not checkpoints.is_dir():
-        return []
-    return sorted(p for p in checkpoints.iterdir() if re.fullmatch(r"step-\d{8,}", p.name))
+def _settings_of(trained: Trained) -> tuple[list[Any], list[dict[str, Any]]]:
+    """Rates and the optimiser's other settings as they are given for this start."""
+    groups = [
+        {k: v for k, v in group.items() if k not in ("params", "lr")}
+        for group in trained.optimizer.param_groups
+    ]
+    return list(trained.schedule.base_lrs), groups
 
 
-def prepare_output(output: Path, resume: bool) -> Path | None:
-    """Make the output folder, clear what was left half written, find the checkpoint to go on from.
-
-    Args:
-        output: The run's output folder.
-        resume: Whether to go on from the newest checkpoint.
-
-    Returns:
-        The newest checkpoint, or None for a fresh start.
-
-    Raises:
-        OutputError: If the folder cannot be written, or holds another run that `resume` does not
-            ask to continue.
-    """
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=output):
-            pass
-    except OSError as error:
-        raise OutputError(
-            f"Cannot write to '{output}' ({error}). Choose another folder."
-        ) from error
-    found = list_checkpoints(output / "checkpoints")
-    if found and not resume:
-        raise OutputError(
-            f"'{output}' already holds a run ({found[-1].name}). Go on with --resume, or choose "
-            "another folder."
-        )
-    for partial in (output / "checkpoints").glob(".step-*.partial"):
-        shutil.rmtree(partial, ignore_errors=True)
-    return found[-1] if found else None
-
-
-def _unreadable(place: Path, error: Exception) -> CheckpointError:
-    return CheckpointError(
-        f"Cannot resume from '{place}' ({error}). Delete this folder to go on from an older "
-        "checkpoint."
-    )
+def _put_settings(trained: Trained, settings: tuple[list[Any], list[dict[str, Any]]]) -> None:
+    """Put them in the place of the checkpoint's, at the place in their course that was reached."""
+    schedule, (rates, groups) = trained.schedule, settings
+    schedule.base_lrs = rates
+    schedule._last_lr = [
+        rate * factor(schedule.last_epoch)
+        for rate, factor in zip(rates, schedule.lr_lambdas, strict=True)
+    ]
+    for group, given, rate in zip(
+        trained.optimizer.param_groups, groups, schedule._last_lr, strict=True
+    ):
+        group.update(given, lr=rate)
 
 
 def _read_unet(folder: Path) -> dict[str, Tensor]:

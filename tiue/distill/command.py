@@ -8,9 +8,39 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from tiue.distill.config import DistillConfig
 from tiue.errors import DependencyError
+
+# The first field of each section of the help.
+_SECTIONS = {
+    "teacher": "Model and prompts",
+    "steps": "Updates",
+    "guidance_scale": "Losses",
+    "mixed_precision": "Memory, speed, determinism",
+    "divergence_factor": "Checkpoints, log, pictures",
+}
+_LETTERS = {"output": "-o"}
+
+
+class SectionedHelp(TyperCommand):
+    """Help in sections, of whole option names at any width: rich's tables cut them off."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs | {"rich_markup_mode": None})
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write every option under the title that its `rich_help_panel` names."""
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None:
+                title = getattr(parameter, "rich_help_panel", None) or "Options"
+                sections.setdefault(title, []).append(record)
+        for title, records in sections.items():
+            with formatter.section(title):
+                formatter.write_dl(records)
 
 
 def _signature() -> inspect.Signature:
@@ -32,7 +62,9 @@ def _signature() -> inspect.Signature:
         )
     ]
     hints = typing.get_type_hints(DistillConfig, include_extras=True)
+    section = ""
     for field in dataclasses.fields(DistillConfig):
+        section = _SECTIONS.get(field.name, section)
         kind, help_text = typing.get_args(hints[field.name])
         required = field.default is dataclasses.MISSING
         if typing.get_origin(kind) is tuple:
@@ -45,21 +77,33 @@ def _signature() -> inspect.Signature:
                 field.name,
                 inspect.Parameter.KEYWORD_ONLY,
                 default=None,
-                annotation=Annotated[optional, typer.Option(help=help_text + default)],
+                annotation=Annotated[
+                    optional,
+                    typer.Option(
+                        *_declarations(field.name),
+                        help=help_text + default,
+                        rich_help_panel=section,
+                    ),
+                ],
             )
         )
     return inspect.Signature(parameters)
+
+
+def _declarations(name: str) -> list[str]:
+    return [f"--{name.replace('_', '-')}", _LETTERS[name]] if name in _LETTERS else []
 
 
 def distill_command(config: str | None = None, **options: Any) -> None:
     """Distil a Stable Diffusion model into a one-pass student, from prompts alone.
 
     The defaults are one process of the published recipe. OUTPUT receives unet/ and scheduler/,
-    which diffusers loads, checkpoints/ to resume from, config.yaml, log.jsonl and summary.json.
-    Ctrl-C and SIGTERM end the run after the step at hand, with a checkpoint.
+    which diffusers loads, checkpoints/ to resume from, config.yaml, log.jsonl, history.jsonl and
+    summary.json. Ctrl-C and SIGTERM end the run after the step at hand, with a checkpoint and exit
+    status 130 or 143; SIGUSR1 makes a checkpoint and goes on.
     """
     from tiue.devices import find_device, keep_freed_memory
-    from tiue.distill import distill
+    from tiue.distill import make_trainer
     from tiue.distill.settings import load_config
 
     given = {name: value for name, value in options.items() if value not in (None, [])}
@@ -71,7 +115,10 @@ def distill_command(config: str | None = None, **options: Any) -> None:
         ) from error
     if settings.cpu or find_device("auto").type == "cpu":
         keep_freed_memory()
-    distill(settings, report=typer.echo)
+    trainer = make_trainer(settings, report=typer.echo)
+    trainer.train()
+    if trainer.stopped_by:  # as a shell tells of a signal, so that `distill && export` stops too
+        raise typer.Exit(128 + trainer.stopped_by)
 
 
 distill_command.__signature__ = _signature()  # type: ignore[attr-defined]

@@ -1,6 +1,6 @@
 """What a distillation run is made of: one dataclass, from which the command line is made too."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
@@ -163,6 +163,11 @@ class DistillConfig:
         bool,
         "Go on from the newest checkpoint in the output folder, if any.",
     ] = False
+    allow_change: Annotated[
+        tuple[str, ...],
+        "Settings that may differ from the checkpoint's when a run goes on, although they decide "
+        "what the weights become; recorded in history.jsonl.",
+    ] = ()
     log_every: Annotated[int, "Student updates between lines of log.jsonl and trackers."] = 10
     trackers: Annotated[
         tuple[Tracker, ...], "accelerate's trackers to log to, beside log.jsonl."
@@ -217,6 +222,8 @@ class DistillConfig:
         self._require(
             set(self.trackers) <= set(get_args(Tracker)), "trackers", f"of {get_args(Tracker)}"
         )
+        unknown = set(self.allow_change) - {field.name for field in fields(self)}
+        self._require(not unknown, "allow_change", "names of settings")
         self._require(0 <= self.prompt_drop <= 1, "prompt_drop", "from 0 to 1")
         in_order = 0 <= self.min_timestep <= self.max_timestep
         self._require(in_order, "min_timestep", f"from 0 to max_timestep ({self.max_timestep})")

@@ -4,7 +4,6 @@ A folder holds `embeddings-<n>.safetensors` (float16 [rows, L, D]), `empty.safet
 prompt), `prompts.jsonl` (the prompts, one JSON string a line) and `index.json`, written last.
 """
 
-import hashlib
 import json
 from collections.abc import Callable
 from functools import partial
@@ -17,14 +16,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from tiue.distill.data import prompts_digest, read_prompts
-from tiue.distill.files import write_file, write_json
+from tiue.distill.files import sha256, write_file, write_json
 from tiue.distill.loading import load_text_encoder
+from tiue.distill.prompts import prompts_digest, read_prompts
 from tiue.errors import InputError, OutputError
 
 INDEX = "index.json"
 _PROMPTS, _EMPTY, _KEY = "prompts.jsonl", "empty.safetensors", "prompt_embeds"
-_CHUNK = 1 << 24
 
 
 def embed_text(
@@ -73,7 +71,7 @@ def embed_text(
     write_file(output / _PROMPTS, lambda path: path.write_text(lines, encoding="utf-8"))
     empty = encoder([""]).half().cpu()
     write_file(output / _EMPTY, partial(save_file, {_KEY: empty}))
-    index["files"] = {name: _sha256(output / name) for name in (_PROMPTS, _EMPTY)}
+    index["files"] = {name: sha256(output / name) for name in (_PROMPTS, _EMPTY)}
     index["shape"] = list(empty.shape[1:])
 
     kept = {shard["file"]: shard for shard in index.get("shards", []) if _is_whole(output, shard)}
@@ -88,7 +86,7 @@ def embed_text(
             ]
             shard = torch.cat(batches)
             write_file(output / name, partial(save_file, {_KEY: shard}))
-            kept[name] = {"file": name, "rows": len(rows), "sha256": _sha256(output / name)}
+            kept[name] = {"file": name, "rows": len(rows), "sha256": sha256(output / name)}
         index["shards"].append(kept[name])
         write_json(output / INDEX, index)
     write_json(output / INDEX, index | {"complete": True})
@@ -172,7 +170,7 @@ def _verify(folder: Path, index: dict[str, Any]) -> None:
     files = [*index["files"].items(), *((s["file"], s["sha256"]) for s in index["shards"])]
     for name, expected in tqdm(files, desc="checksums", unit="file", leave=False):
         try:
-            actual = _sha256(folder / name)
+            actual = sha256(folder / name)
         except OSError as error:
             raise InputError(f"Cannot read '{folder / name}' ({error}).") from error
         if actual != expected:
@@ -184,12 +182,4 @@ def _verify(folder: Path, index: dict[str, Any]) -> None:
 
 def _is_whole(folder: Path, shard: dict[str, Any]) -> bool:
     path = folder / shard["file"]
-    return path.exists() and _sha256(path) == shard["sha256"]
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
+    return path.exists() and sha256(path) == shard["sha256"]

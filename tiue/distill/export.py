@@ -4,10 +4,9 @@ from pathlib import Path
 
 from diffusers import DDIMScheduler, UNet2DConditionModel
 
-from tiue.distill.checkpoint import CONFIG
 from tiue.distill.files import whole_folder
 from tiue.distill.loading import load_pipeline_around
-from tiue.distill.settings import load_config
+from tiue.distill.settings import CONFIG, load_config
 from tiue.errors import CheckpointError, InputError
 
 

@@ -1,5 +1,6 @@
 """Files and folders that are written whole or not at all, and stay so when the power goes."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ from safetensors import SafetensorError
 
 from tiue.errors import OutputError
 
+_CHUNK = 1 << 24
 # A full disk is each of the three, by who writes: Python, torch, safetensors.
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
 
@@ -79,6 +81,28 @@ def write_json(path: Path, content: Any) -> None:
     """Write indented JSON, whole or not at all."""
     text = json.dumps(content, indent=2) + "\n"
     write_file(path, lambda beside: beside.write_text(text, encoding="utf-8"))
+
+
+def append_line(path: Path, content: Any) -> None:
+    """Add one line of JSON to a file.
+
+    Raises:
+        OutputError: If it cannot be written.
+    """
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(content) + "\n")
+    except OSError as error:
+        raise cannot_write(path, error) from error
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def sync_tree(folder: Path) -> None:

@@ -9,8 +9,9 @@ from typing import Any
 from tiue.errors import DivergenceError, NonFiniteError
 
 _CURE = (
-    "Nothing of this step was applied. Lower the learning rates or train without mixed precision; "
-    "--resume goes on from the last checkpoint."
+    "Nothing of this step was applied. Go on from the last checkpoint with lower rates (--resume "
+    "--allow-change learning_rate --learning-rate ...), or in float32 (--resume --mixed-precision "
+    "no)."
 )
 
 
@@ -84,32 +85,39 @@ class Guard:
         self._streaks = dict(state["streaks"])
 
 
-class StopSignals:
-    """Notes SIGINT and SIGTERM inside its context, so that a step can be finished.
+class Signals:
+    """Notes signals inside its context, so that a step can be finished.
 
-    A second signal ends the program at once. Outside of the main thread, where Python allows no
-    handlers, it notes nothing.
+    SIGINT and SIGTERM ask for the end; the second one ends the program at once. SIGUSR1, which
+    schedulers send some time before the end, asks for a checkpoint. Outside of the main thread,
+    where Python allows no handlers, nothing is noted.
 
     Attributes:
-        received: Name of the signal, or None.
+        stop: Number of the signal that asked for the end, or 0.
+        checkpoint: Whether a checkpoint is asked for.
     """
 
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
     def __init__(self) -> None:
-        self.received: str | None = None
+        self.stop = 0
+        self.checkpoint = False
         self._before: dict[signal.Signals, Any] = {}
 
-    def __enter__(self) -> "StopSignals":
+    def __enter__(self) -> "Signals":
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in self.SIGNALS}
+            noted: dict[signal.Signals, Any] = {signal.SIGINT: self._end, signal.SIGTERM: self._end}
+            if hasattr(signal, "SIGUSR1"):  # not on Windows
+                noted[signal.SIGUSR1] = self._keep
+            self._before = {number: signal.signal(number, note) for number, note in noted.items()}
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def _note(self, number: int, _frame: FrameType | None) -> None:
-        if self.received is not None:
+    def _end(self, number: int, _frame: FrameType | None) -> None:
+        if self.stop:
             raise KeyboardInterrupt
-        self.received = signal.Signals(number).name
+        self.stop = number
+
+    def _keep(self, _number: int, _frame: FrameType | None) -> None:
+        self.checkpoint = True

@@ -1,5 +1,6 @@
 """The parts of a run, read from folders or hub ids: safetensors only, one clear error otherwise."""
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,10 +13,12 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
+from huggingface_hub import snapshot_download
 from transformers import AutoTokenizer, CLIPModel, CLIPTextModel
 
 from tiue.checkpoints import looks_local
 from tiue.distill.clip import ClipScorer
+from tiue.distill.files import sha256
 from tiue.distill.text import TextEncoder
 from tiue.embedded import EMBEDDED, weights_folder
 from tiue.errors import CheckpointError, InputError, TiUEError
@@ -64,6 +67,23 @@ def load_unet(source: str, dtype: torch.dtype = torch.float32) -> TiUEUNet:
     subfolder = None if (Path(source) / "config.json").is_file() else "unet"
     with _reading("UNet", source):
         return TiUEUNet.from_pretrained(source, subfolder=subfolder, torch_dtype=dtype)
+
+
+def teacher_digest(source: str) -> str:
+    """Tell a teacher's UNet from others by its weights, wherever they lie.
+
+    Args:
+        source: Folder or hub id of the teacher, which has been loaded from there.
+
+    Returns:
+        SHA-256 over the weights' files.
+    """
+    source = resolve_teacher(source)
+    if not Path(source).is_dir():
+        source = snapshot_download(source, allow_patterns=["unet/*"], local_files_only=True)
+    folder = Path(source) / "unet" if (Path(source) / "unet").is_dir() else Path(source)
+    files = sorted(folder.glob("*.safetensors"))
+    return hashlib.sha256("".join(map(sha256, files)).encode()).hexdigest()
 
 
 def load_text_encoder(source: str, device: torch.device) -> TextEncoder:

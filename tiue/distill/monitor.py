@@ -15,14 +15,14 @@ from PIL import Image
 from tqdm import tqdm
 
 from tiue.distill.config import DistillConfig, Tracker
-from tiue.distill.files import cannot_write, write_file, write_json
+from tiue.distill.files import append_line, write_file, write_json
 from tiue.distill.settings import to_plain
 from tiue.distill.step import StepResult
 from tiue.errors import DependencyError
 from tiue.images import contact_sheet, save_image
 
 PROJECT = "tiue"
-LOG, SUMMARY, SAMPLES = "log.jsonl", "summary.json", "samples"
+LOG, HISTORY, SUMMARY, SAMPLES = "log.jsonl", "history.jsonl", "summary.json", "samples"
 _INSTALLED = {
     "tensorboard": is_tensorboard_available,
     "wandb": is_wandb_available,
@@ -163,12 +163,7 @@ class Monitor:
         return summary
 
     def _log(self, line: dict[str, float], step: int) -> None:
-        path = self.config.output / LOG
-        try:
-            with path.open("a", encoding="utf-8") as log:
-                log.write(json.dumps(line) + "\n")
-        except OSError as error:
-            raise cannot_write(path, error) from error
+        append_line(self.config.output / LOG, line)
         if self.config.trackers:
             self.accelerator.log({k: v for k, v in line.items() if k != "step"}, step)
 

@@ -12,14 +12,18 @@ from tiue.errors import InputError
 RECIPES = Path(__file__).parent / "recipes"
 FIELDS = {field.name: field for field in dataclasses.fields(DistillConfig)}
 
-# What may differ between a checkpoint and the run that goes on from it: where and how often things
-# are written, how long the run is, and what RunState compares (the prompts themselves, and the
-# samples of an update over all processes). Everything else decides what the weights become.
+CONFIG = "config.yaml"
+
+# What may differ between a checkpoint and the run that goes on from it without being asked for:
+# where and how often things are written, how long the run is, what memory and speed are traded for,
+# what is watched, and what `RunState` compares by content (teacher, prompts, samples of an update).
+# The student to start from is in the checkpoint. Everything else decides what the weights become.
 MAY_CHANGE = frozenset({
-    "output", "steps", "resume", "checkpoint_every", "keep_checkpoints", "log_every", "trackers",
-    "sample_every", "validation_prompts", "save_pipeline", "verify_embeddings", "cpu",
-    "embedding_cache_mib", "prompts", "prompt_column", "embeddings", "batch_size",
-    "gradient_accumulation_steps",
+    "output", "steps", "resume", "allow_change", "checkpoint_every", "keep_checkpoints",
+    "log_every", "trackers", "sample_every", "validation_prompts", "save_pipeline",
+    "verify_embeddings", "cpu", "embedding_cache_mib", "prompts", "prompt_column", "embeddings",
+    "batch_size", "gradient_accumulation_steps", "teacher", "student", "divergence_factor",
+    "mixed_precision", "gradient_checkpointing", "recompute_feed_forward", "deterministic",
 })  # fmt: skip
 
 
@@ -44,6 +48,9 @@ def load_config(source: str | Path | None = None, **overrides: Any) -> DistillCo
             answered with the nearest right one.
     """
     settings = {} if source is None else read_settings(find_recipe(source))
+    for given, other in (("prompts", "embeddings"), ("embeddings", "prompts")):
+        if overrides.get(given) is not None:
+            settings.pop(other, None)  # one takes the place of the other
     settings |= overrides
     values = {name: _typed(name, value) for name, value in settings.items()}
     missing = [
@@ -132,7 +139,9 @@ def write_config(config: DistillConfig, path: Path) -> None:
     """
     import yaml
 
-    path.write_text(yaml.safe_dump(to_plain(config), sort_keys=False), encoding="utf-8")
+    # What was allowed once is not allowed to whoever starts from this file.
+    plain = to_plain(dataclasses.replace(config, allow_change=()))
+    path.write_text(yaml.safe_dump(plain, sort_keys=False), encoding="utf-8")
 
 
 def to_plain(config: DistillConfig) -> dict[str, Any]:
@@ -145,13 +154,22 @@ def to_plain(config: DistillConfig) -> dict[str, Any]:
     return plain
 
 
-def differing_fields(config: DistillConfig, saved: DistillConfig) -> list[str]:
-    """Name the settings that make another run of it, of those that two configs do not share."""
-    return [
-        name
+def changed_fields(config: DistillConfig, saved: DistillConfig) -> dict[str, list[Any]]:
+    """Settings that make another run of it, of those that two configs do not share.
+
+    Args:
+        config: The settings of now.
+        saved: Those of the checkpoint.
+
+    Returns:
+        What each was and is, as plain values, by name.
+    """
+    before, now = to_plain(saved), to_plain(config)
+    return {
+        name: [before[name], now[name]]
         for name in FIELDS
-        if name not in MAY_CHANGE and getattr(config, name) != getattr(saved, name)
-    ]
+        if name not in MAY_CHANGE and before[name] != now[name]
+    }
 
 
 def _typed(name: str, value: Any) -> Any:

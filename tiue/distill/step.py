@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -52,6 +53,11 @@ class Trained:
     parameters: list[nn.Parameter]
     optimizer: torch.optim.Optimizer
     rates: torch.optim.lr_scheduler.LRScheduler
+
+    @property
+    def schedule(self) -> Any:
+        """The `LambdaLR` under accelerate's wrapper."""
+        return getattr(self.rates, "scheduler", self.rates)
 
 
 @dataclass

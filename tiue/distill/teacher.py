@@ -99,6 +99,8 @@ class Teacher:
                 "class labels); only UNets of the Stable Diffusion 1 and 2 kind can be distilled."
             )
         self.unet = unet.requires_grad_(False).eval()
+        # Text goes in as the weights are: a CPU's autocast leaves the norm of pooled text alone.
+        self._dtype = unet.conv_in.weight.dtype
         self.noise_schedule = noise_schedule
         unet.add_adapter(
             LoraConfig(
@@ -138,6 +140,7 @@ class Teacher:
         Returns:
             The guided noise, [B, C, H, W] float32, without a graph.
         """
+        prompt_embeds, empty_embeds = prompt_embeds.to(self._dtype), empty_embeds.to(self._dtype)
         if lora:
             self.unet.enable_adapters()
         else:
@@ -166,7 +169,8 @@ class Teacher:
             The noise, [B, C, H, W] float32.
         """
         self.unet.enable_adapters()
-        output = self.trained(noisy, timesteps, prompt_embeds, return_dict=False)[0]
+        embeds = prompt_embeds.to(self._dtype)
+        output = self.trained(noisy, timesteps, embeds, return_dict=False)[0]
         return self.noise_schedule.to_noise(output, noisy, timesteps)
 
 

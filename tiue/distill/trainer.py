@@ -2,35 +2,37 @@
 
 import logging
 import os
+import signal
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator, DistributedType
-from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
+from accelerate.utils import (
+    GradientAccumulationPlugin,
+    ProjectConfiguration,
+    broadcast_object_list,
+)
 from diffusers import UNet2DConditionModel
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
 from tiue.distill import loading
-from tiue.distill.checkpoint import (
-    CONFIG,
-    Checkpoints,
-    RunState,
-    averaged_weights,
-    prepare_output,
-)
+from tiue.distill.checkpoint import Checkpoints, RunState, averaged_weights
 from tiue.distill.config import DistillConfig
-from tiue.distill.data import PromptOrder, SampleDraws, prompts_digest, read_prompts
+from tiue.distill.data import PromptOrder, SampleDraws
 from tiue.distill.embeddings import StoredPrompts
-from tiue.distill.files import whole_folder, write_file
-from tiue.distill.guards import Guard, StopSignals
+from tiue.distill.files import append_line, whole_folder, write_file
+from tiue.distill.guards import Guard, Signals
 from tiue.distill.losses import timestep_weights
-from tiue.distill.monitor import Monitor, check_trackers, describe
+from tiue.distill.monitor import HISTORY, Monitor, check_trackers, describe
 from tiue.distill.optimizers import build_optimizer, build_rate_schedule
-from tiue.distill.settings import write_config
+from tiue.distill.output import claim_output, clear_leftovers, find_checkpoint
+from tiue.distill.prompts import prompts_digest, read_prompts
+from tiue.distill.settings import CONFIG, write_config
 from tiue.distill.step import DistillStep, MicroBatch, Student, Trained
 from tiue.distill.teacher import NoiseSchedule, Teacher
 from tiue.distill.text import EncodedPrompts, TextEncoder, TextSource
@@ -57,7 +59,7 @@ class Trainer:
         config: The run's settings.
         on_sample: Called as `on_sample(unet, schedule, step)` every `config.sample_every` steps
             with the student (its average, if one is kept) in evaluation mode, without a graph.
-        report: Called with text at the end; the log is told when not given.
+        report: Called with text that the user should read; the log is told when not given.
 
     Raises:
         CheckpointError: If the teacher, the student or the checkpoint cannot be loaded.
@@ -74,13 +76,23 @@ class Trainer:
     ) -> None:
         self.config, self.on_sample, self.report = config, on_sample, report
         self.accelerator = self._start_accelerator()
-        device, main = self.accelerator.device, self.accelerator.is_main_process
+        self.stopped_by = 0
+        self._lock = claim_output(config.output) if self.accelerator.is_main_process else None
+        try:
+            self._build()
+        except BaseException:
+            self._release()
+            raise
+
+    def _build(self) -> None:
+        config, device = self.config, self.accelerator.device
+        main = self.accelerator.is_main_process
+        resume_from = find_checkpoint(config.output, config.resume or not main)
+        if main:
+            clear_leftovers(config.output)
         text, shown = self._load_text()
         self.text, self.order = text, PromptOrder(len(text.prompts), config.seed)
-        resume_from = prepare_output(config.output, config.resume) if main else None
         self.accelerator.wait_for_everyone()
-        if not main:
-            resume_from = prepare_output(config.output, resume=True)
 
         self.scheduler = loading.load_student_scheduler(
             config.teacher, config.num_decoder_steps, config.timestep_spacing
@@ -121,6 +133,8 @@ class Trainer:
         self.state = RunState(
             samples_per_step=per_step * self.accelerator.num_processes,
             prompts_digest=prompts_digest(text.prompts),
+            teacher_digest=self._teacher_digest(),
+            allowed=config.allow_change,
         )
         self.checkpoints = Checkpoints(
             config.output / "checkpoints", config, self.accelerator, self.student, self.lora,
@@ -130,6 +144,7 @@ class Trainer:
             self._resume(resume_from)
         if main:
             write_file(config.output / CONFIG, lambda path: write_config(config, path))
+            self._note_start()
 
     @property
     def step(self) -> int:
@@ -149,40 +164,56 @@ class Trainer:
             DivergenceError: If a loss or gradient norm runs away.
             OutputError: If the output folder cannot be written.
         """
+        try:
+            if self.step < self.config.steps:
+                self._run()
+            else:
+                self._tell(f"All {self.step} steps of this run are done; --steps makes more.")
+            if not self.stopped_by:
+                self._write_student()
+            self.accelerator.wait_for_everyone()
+        finally:
+            self._release()
+        return self.config.output
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
+
+    def _run(self) -> None:
         config = self.config
         self._say_what_kl_is()
         weights = timestep_weights(self.teacher.noise_schedule.sigma, config.weighting)
         monitor = Monitor(config, self.accelerator, self.step, weights)
         ended, saved = "failed", self.step
         try:
-            with StopSignals() as signals:
-                while self.step < config.steps and not (stopped := self._any(signals.received)):
+            with Signals() as signals:
+                while self.step < config.steps and not self.stopped_by:
                     self._one_step(monitor)
-                    if self._is_due(config.checkpoint_every) and not self.guard.suspicious:
+                    asked = self._asked(signals)
+                    due = asked or self._is_due(config.checkpoint_every)
+                    if due and not self.guard.suspicious:
                         saved = self._save()
                 # A run that a signal stopped inside a suspicious streak keeps the last good one.
-                stopped = self.step < config.steps
-                if saved < self.step and not (stopped and self.guard.suspicious):
+                if saved < self.step and not (self.stopped_by and self.guard.suspicious):
                     saved = self._save()
-                ended = f"stopped by {signals.received or 'a signal'}" if stopped else "complete"
+                if self.step == config.steps:
+                    self.stopped_by = 0  # the last step was the end anyway
+            name = signal.Signals(self.stopped_by).name if self.stopped_by else ""
+            ended = f"stopped by {name}" if name else "complete"
         finally:
             summary = monitor.close(self.step, ended)
-        if self.accelerator.is_main_process:
-            self.report(describe(summary, config.output))
-        if stopped:
+        self._tell(describe(summary, config.output))
+        if self.stopped_by:
             self._tell(f"Go on from step {saved} with --resume.")
-        else:
-            self._write_student()
-        self.accelerator.wait_for_everyone()
-        return config.output
 
     def _one_step(self, monitor: Monitor) -> None:
         config, started = self.config, time.perf_counter()
+        rate = self.student.optimizer.param_groups[0]["lr"]
         result = self.train_step(self._batches(), self.step + 1)
         self.state.step += 1
         self.state.samples_seen += self.state.samples_per_step
         seconds = time.perf_counter() - started
-        rate = self.student.optimizer.param_groups[0]["lr"]
         monitor.after_step(self.step, result, self.state.samples_per_step, seconds, rate)
         if self._is_due(config.sample_every) and (self.validation or self.on_sample):
             with averaged_weights(self.student, self.ema):
@@ -209,10 +240,20 @@ class Trainer:
     def _is_due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
 
-    def _any(self, signal_name: str | None) -> bool:
-        """Whether any process was told to stop: all must stop after the same step."""
-        told = torch.tensor(float(signal_name is not None), device=self.accelerator.device)
-        return bool(self.accelerator.reduce(told, "sum") > 0)
+    def _asked(self, signals: Signals) -> bool:
+        """Note what signals ask of any process, for all must do the same after the same step.
+
+        Returns:
+            Whether a checkpoint is asked for.
+        """
+        keep = signals.checkpoint
+        if keep:
+            signals.checkpoint = False
+        asked = torch.tensor([signals.stop > 0, keep], device=self.accelerator.device).float()
+        stop, keep = (self.accelerator.reduce(asked, "sum") > 0).tolist()
+        if stop:
+            self.stopped_by = signals.stop or signal.SIGTERM
+        return keep
 
     def _sample(self, monitor: Monitor) -> None:
         self.unet.eval()
@@ -233,7 +274,19 @@ class Trainer:
         return self.step
 
     def _resume(self, place: Path) -> None:
-        self.checkpoints.load(place)
+        saved, config = self.checkpoints.load(place), self.config
+        for name, (before, now) in self.state.changed.items():
+            self._tell(f"Changed as allowed: {name} was {before!r} and is {now!r}.")
+        courses = [f"the rates ({config.lr_scheduler})"] * (
+            config.lr_scheduler in ("linear", "cosine")
+        )
+        courses += ["the CLIP weight"] * (config.clip_weight != config.clip_weight_end)
+        if courses and saved.steps != config.steps:
+            self._tell(
+                f"steps was {saved.steps} and is {config.steps}: {' and '.join(courses)} run over "
+                f"all of them, so from step {self.step} on they follow another course. The "
+                f"student's next rate is {self.student.optimizer.param_groups[0]['lr']:.3g}."
+            )
         if self.ema is not None:
             self.ema.optimization_step = self.state.ema_steps
         self.guard.load_state_dict(self.state.guard)
@@ -253,6 +306,21 @@ class Trainer:
                 with whole_folder(output / "pipeline") as written:
                     pipeline.save_pretrained(written)
         self.report(f"The student is in {output}.")
+
+    def _teacher_digest(self) -> str:
+        main = self.accelerator.is_main_process
+        digest = [loading.teacher_digest(self.config.teacher) if main else ""]
+        return broadcast_object_list(digest)[0]
+
+    def _note_start(self) -> None:
+        line = {
+            "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "step": self.step,
+            "steps": self.config.steps,
+            "processes": self.accelerator.num_processes,
+            "changed": self.state.changed,
+        }
+        append_line(self.config.output / HISTORY, line)
 
     def _tell(self, text: str) -> None:
         if self.accelerator.is_main_process:
@@ -277,6 +345,12 @@ class Trainer:
             project_config=ProjectConfiguration(str(config.output), str(config.output / "logs")),
             step_scheduler_with_optimizer=False,
         )
+        world = int(os.environ.get("WORLD_SIZE", "1"))
+        if world > 1 and accelerator.num_processes == 1:
+            raise InputError(
+                f"{world} processes were started, and each would train alone: accelerate finds no "
+                "GPU that they could share. Give --cpu (cpu: true) to train on CPUs, or start one."
+            )
         if accelerator.distributed_type == DistributedType.DEEPSPEED:
             raise InputError(
                 "DeepSpeed wraps one network, and student and LoRA teacher are two: choose FSDP2 "
@@ -297,7 +371,7 @@ class Trainer:
             text = StoredPrompts(config.embeddings, device, verify)
         else:
             assert config.prompts is not None
-            prompts = read_prompts(config.prompts, config.prompt_column)
+            prompts = read_prompts(config.prompts, config.prompt_column, self._tell)
             encoder = loading.load_text_encoder(config.teacher, device)
             text = EncodedPrompts(prompts, encoder, config.embedding_cache_mib << 20)
         if not config.sample_every:
@@ -378,8 +452,7 @@ class Trainer:
         config = self.config
         maps = config.num_decoder_steps * self.state.samples_per_step
         strength = config.kl_weight * (maps if config.kl_reduction == "sum" else 1)
-        logger.info(
-            "KL: %g x the %s over the %d noise maps of an update, that is %g x their mean "
-            "(published: 3.2 x).",
-            config.kl_weight, config.kl_reduction, maps, strength,
-        )  # fmt: skip
+        self._tell(
+            f"KL: {config.kl_weight:g} x the {config.kl_reduction} over the {maps} noise maps of "
+            f"an update, that is {strength:g} x their mean (published: 3.2 x)."
+        )

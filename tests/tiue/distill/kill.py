@@ -12,7 +12,7 @@ import time
 
 import torch
 
-from tiue.distill.checkpoint import list_checkpoints
+from tiue.distill.output import list_checkpoints
 from tiue.distill.settings import load_config
 from tiue.distill.trainer import Trainer
 

@@ -1,7 +1,8 @@
 import pytest
 
-from tiue.distill.checkpoint import list_checkpoints, prepare_output
 from tiue.distill.files import whole_folder
+from tiue.distill.output import claim_output, clear_leftovers, list_checkpoints
+from tiue.distill.trainer import Trainer
 from tiue.errors import InputError, OutputError
 
 
@@ -57,7 +58,34 @@ def test_an_output_that_is_a_file_is_refused(tmp_path):
     path = tmp_path / "file"
     path.touch()
     with pytest.raises(OutputError, match="Choose another folder"):
-        prepare_output(path, resume=False)
+        claim_output(path)
+
+
+def test_a_folder_that_is_no_runs_is_refused_and_stays_as_it_is(make_config, teacher_folder):
+    files = {p: p.stat().st_mtime_ns for p in teacher_folder.rglob("*")}
+    with pytest.raises(OutputError, match=r"files that are no run's.*an empty or a new folder"):
+        Trainer(make_config(output=teacher_folder))
+    assert {p: p.stat().st_mtime_ns for p in teacher_folder.rglob("*")} == files
+
+
+def test_one_run_at_a_time_writes_a_folder(tmp_path):
+    lock = claim_output(tmp_path)
+    with pytest.raises(OutputError, match="Another process is writing to"):
+        claim_output(tmp_path)
+    lock.release()
+    claim_output(tmp_path).release()
+
+
+def test_leftovers_of_killed_writes_are_cleared_and_nothing_else(tmp_path):
+    kept = ("config.yaml", "unet/x", "logs/x", "checkpoints/step-00000001/x", ".lock", ".mine")
+    left = (".unet-a1b2c3d4/written/x", ".pipeline-a1b2c3d4/x", ".123.summary.json",
+            "checkpoints/.step-00000002.partial/x")  # fmt: skip
+    for name in (*kept, *left):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    clear_leftovers(tmp_path)
+    found = {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()}
+    assert found == set(kept)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,10 @@
 import dataclasses
+import importlib.util
 import json
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -7,9 +12,11 @@ from typer.testing import CliRunner
 from tiue.cli import app
 from tiue.distill import DistillConfig
 
+ROOT = Path(__file__).parents[3]
+
 
 def run(*arguments):
-    return CliRunner().invoke(app, ["distill", *map(str, arguments)], env={"COLUMNS": "200"})
+    return CliRunner().invoke(app, ["distill", *map(str, arguments)], env={"COLUMNS": "80"})
 
 
 @pytest.fixture
@@ -22,10 +29,23 @@ def arguments(make_config, tmp_path):
 
 
 def test_every_setting_is_an_option_with_its_help():
-    text = " ".join(run("--help").output.replace("│", " ").split())
+    output = run("--help").output
     for field in dataclasses.fields(DistillConfig):
-        assert f"--{field.name.replace('_', '-')}" in text
-    assert "Classifier-free guidance of the teacher" in text
+        assert re.search(rf"--{field.name.replace('_', '-')}[ ,/]", output), field.name
+    assert max(map(len, output.splitlines())) <= 80
+    titles = re.findall(r"^(\S.*):$", output, re.MULTILINE)
+    assert titles == ["Options", "Model and prompts", "Updates", "Losses",
+                      "Memory, speed, determinism", "Checkpoints, log, pictures"]  # fmt: skip
+    assert "Classifier-free guidance of the teacher" in " ".join(output.split())
+    assert "-o, --output" in output
+
+
+def test_the_program_that_the_help_names_exists():
+    said = subprocess.run(
+        [sys.executable, "-m", "tiue.distill", "--help"], capture_output=True, text=True, cwd=ROOT
+    ).stdout
+    assert said.split()[:4] == ["Usage:", "python", "-m", "tiue"]
+    assert importlib.util.find_spec("tiue.__main__") is not None
 
 
 def test_settings_reach_the_run(arguments, tmp_path):

@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from tests.tiue.tiny import TEXT_DIM, TEXT_LENGTH, tiny_text_encoder, tiny_tokenizer
-from tiue.distill.data import PromptOrder, read_prompts
+from tiue.distill.data import PromptOrder
+from tiue.distill.prompts import read_prompts
 from tiue.distill.text import EncodedPrompts, TextEncoder
 from tiue.errors import InputError
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.tiue.distill.worker import run
-from tiue.distill.checkpoint import list_checkpoints
+from tiue.distill.output import list_checkpoints
 from tiue.distill.settings import write_config
 
 ROOT = Path(__file__).parents[3]

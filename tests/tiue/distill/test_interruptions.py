@@ -16,8 +16,8 @@ from diffusers import UNet2DConditionModel
 from typer.testing import CliRunner
 
 from tiue.cli import app
-from tiue.distill.checkpoint import list_checkpoints
 from tiue.distill.guards import Guard
+from tiue.distill.output import list_checkpoints
 from tiue.distill.settings import load_config, write_config
 from tiue.distill.trainer import Trainer
 from tiue.errors import DivergenceError, NonFiniteError, OutputError
@@ -75,8 +75,9 @@ def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(make_config, num
     assert signal.getsignal(number) is before
     assert [p.name for p in list_checkpoints(output / "checkpoints")] == ["step-00000002"]
     assert not (output / "unet").exists()
-    assert f"stopped by {number.name}" in said[0]
-    assert said[1] == "Go on from step 2 with --resume."
+    assert "KL: 0.1 x the sum over the 12 noise maps" in said[-3]
+    assert f"stopped by {number.name}" in said[-2]
+    assert said[-1] == "Go on from step 2 with --resume."
 
     whole = Trainer(make_config(steps=4))
     whole.train()
@@ -85,7 +86,7 @@ def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(make_config, num
     assert same(resumed.unet.state_dict(), whole.unet.state_dict())
 
 
-def test_the_command_ends_with_0_when_it_is_told_to_stop(make_config, tmp_path):
+def test_the_command_ends_as_a_signal_ends_a_program(make_config, tmp_path):
     config = make_config(steps=10**6, log_every=1)
     write_config(config, tmp_path / "settings.yaml")
 
@@ -98,10 +99,23 @@ def test_the_command_ends_with_0_when_it_is_told_to_stop(make_config, tmp_path):
     thread.start()
     result = CliRunner().invoke(app, ["distill", "--config", str(tmp_path / "settings.yaml")])
     thread.join()
-    assert result.exit_code == 0, result.output
+    assert result.exit_code == 128 + signal.SIGTERM, result.output
     assert "stopped by SIGTERM" in result.output
     assert "--resume" in result.output
     assert json.loads((config.output / "summary.json").read_text())["ended"] == "stopped by SIGTERM"
+
+
+def test_sigusr1_makes_a_checkpoint_and_the_run_goes_on(make_config):
+    def on_sample(_unet, _schedule, step):
+        if step == 1:
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    config = make_config(steps=3, sample_every=1, validation_prompts=("sun",))
+    trainer = Trainer(config, on_sample)
+    trainer.train()
+    found = [p.name for p in list_checkpoints(config.output / "checkpoints")]
+    assert found == ["step-00000001", "step-00000003"]
+    assert trainer.stopped_by == 0
 
 
 def test_a_full_disk_keeps_what_was_there(make_config):

@@ -1,12 +1,13 @@
 """Prompt files of every kind."""
 
 import json
+import tracemalloc
 
 import pyarrow
 import pytest
 from pyarrow import parquet
 
-from tiue.distill.data import read_prompts
+from tiue.distill.prompts import read_prompts
 from tiue.errors import InputError
 
 JOURNEYDB = [
@@ -35,6 +36,49 @@ def test_jsonl_of_strings_and_line_separators_inside_them(tmp_path):
     path = tmp_path / "prompts.jsonl"
     path.write_text('"red\u2028apple"\n\n"rocket"\n', encoding="utf-8")
     assert read_prompts(path) == ["red\u2028apple", "rocket"]
+
+
+def test_separators_inside_a_line_of_text_do_not_split_it(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes("red\u2028apple\x0c!\r\nrocket\x85 two\rsun\n".encode())
+    assert read_prompts(path) == ["red\u2028apple\x0c!", "rocket\x85 two", "sun"]
+
+
+def test_arrays_of_json(tmp_path):
+    path = tmp_path / "prompts.json"
+    path.write_text(json.dumps(JOURNEYDB, indent=1))
+    assert read_prompts(path) == CAPTIONS
+    path.write_text('\n["a", "b"]')
+    assert read_prompts(path) == ["a", "b"]
+
+
+def test_the_best_column_may_first_appear_late(tmp_path):
+    rows = [{"text": "1"}, {"prompt": "p", "text": "2"}, *JOURNEYDB[:2], {"caption": "c"}]
+    assert read_prompts(write_jsonl(tmp_path / "anno.jsonl", rows)) == CAPTIONS
+
+
+def test_what_was_left_out_is_told_with_its_reason(tmp_path):
+    said = []
+    rows = ["a", "b", " a", "", "\ud800 half", None]
+    path = write_jsonl(tmp_path / "anno.jsonl", [{"caption": row} for row in rows])
+    assert read_prompts(path, report=said.append) == ["a", "b"]
+    assert said == [
+        f"Prompts: 2 of 6 rows of '{path}'; left out: 1 repeated, 2 empty, "
+        "1 not Unicode (half of a surrogate pair)."
+    ]
+
+
+def test_rows_are_streamed(tmp_path):
+    """What a row holds beside its prompt is let go of at once."""
+    path = tmp_path / "anno.jsonl"
+    with path.open("w") as file:
+        for number in range(3000):
+            file.write(json.dumps({"caption": f"p{number}", "other": "x" * 10_000}) + "\n")
+    tracemalloc.start()
+    assert len(read_prompts(path)) == 3000
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 3e6  # the file has 30 MB
 
 
 def test_parquet(tmp_path):

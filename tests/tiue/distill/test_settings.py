@@ -3,6 +3,7 @@ import dataclasses
 import pytest
 
 from tiue.distill import DistillConfig, load_config
+from tiue.distill.prompts import read_prompts
 from tiue.distill.settings import list_recipes, write_config
 from tiue.errors import InputError
 
@@ -80,3 +81,12 @@ def test_what_is_missing_is_named(tmp_path):
         load_config("sd15", output="run")
     with pytest.raises(InputError, match="needs prompts or embeddings"):
         load_config("sd15", output="run", prompts="p.txt", embeddings="folder")
+
+
+def test_the_embedded_models_recipe_runs_as_it_is():
+    config = load_config("openmoji")
+    prompts = read_prompts(config.prompts)
+    assert {"red apple", "rocket"} <= set(prompts)
+    assert len(prompts) > 2000
+    # Embeddings take the place of the recipe's prompts.
+    assert load_config("openmoji", embeddings="text").prompts is None

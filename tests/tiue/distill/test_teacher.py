@@ -126,6 +126,19 @@ def test_half_precision_teacher_trains_its_lora_in_float32():
     assert unet.conv_in.weight.dtype == torch.bfloat16
 
 
+def test_half_precision_teacher_that_pools_its_text_runs_under_autocast(inputs):
+    pooled = {"addition_embed_type": "text", "addition_embed_type_num_heads": 2}
+    noisy, timesteps, embeds, empty = inputs
+    expected = make_teacher(**pooled).guided_noise(noisy, timesteps, embeds, empty, 4.5, False)
+    torch.manual_seed(0)
+    unet = tiny_unet(**pooled).to(torch.bfloat16)
+    teacher = Teacher(unet, NoiseSchedule(tiny_scheduler()), lora_rank=4, lora_alpha=8)
+    with torch.autocast("cpu", torch.bfloat16):
+        noise = teacher.guided_noise(noisy, timesteps, embeds, empty, 4.5, False)
+        teacher.lora_noise(noisy, timesteps, embeds).sum().backward()
+    assert (noise - expected).norm() < 0.05 * expected.norm()
+
+
 def test_drop_prompts_replaces_the_chosen_rows():
     embeds, empty = torch.ones(3, 2, 2), torch.zeros(1, 2, 2)
     dropped = drop_prompts(embeds, empty, torch.tensor([True, False, True]))

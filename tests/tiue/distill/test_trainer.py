@@ -1,4 +1,5 @@
 import json
+import shutil
 from collections import Counter
 
 import numpy as np
@@ -8,16 +9,20 @@ from accelerate.state import AcceleratorState
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from peft import PeftModel
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from tests.tiue.tiny import tiny_pipeline, tiny_scheduler, tiny_unet
 from tiue import TiUEPipeline, TiUEUNet
 from tiue.cli import app
-from tiue.distill import distill
-from tiue.distill.checkpoint import list_checkpoints
+from tiue.distill import distill, load_config
 from tiue.distill.data import SampleDraws
+from tiue.distill.output import list_checkpoints
 from tiue.distill.trainer import Trainer
 from tiue.errors import CheckpointError, InputError, NonFiniteError, OutputError
+
+UNET_FILE = "diffusion_pytorch_model.safetensors"
 
 
 def weights_of(folder):
@@ -268,14 +273,75 @@ def test_another_run_is_not_written_over(make_config):
 
 def test_a_checkpoint_of_another_config_names_what_differs(make_config):
     output = distill(make_config(steps=1))
-    with pytest.raises(CheckpointError, match=r"learning_rate was 0.001 and is 0.01.*lora_rank"):
+    said = r"learning_rate was 0.001 and is 0.01.*lora_rank.*--allow-change learning_rate"
+    with pytest.raises(CheckpointError, match=said):
         distill(make_config(output=output, resume=True, learning_rate=0.01, lora_rank=8))
-    with pytest.raises(CheckpointError, match="had 3 samples, and now they have 6"):
+    with pytest.raises(CheckpointError, match="had 3 samples, and now they have 6") as caught:
         distill(make_config(output=output, resume=True, gradient_accumulation_steps=2))
+    assert "Delete" not in str(caught.value)
     other = output / "prompts.txt"
     other.write_text("pizza\n")
     with pytest.raises(CheckpointError, match="prompts are not those"):
         distill(make_config(output=output, resume=True, prompts=str(other)))
+    with pytest.raises(InputError, match="allow_change must be names of settings"):
+        make_config(allow_change=("learning_rte",))
+
+
+def test_what_does_not_change_what_is_trained_may_change_on_resume(
+    make_config, teacher_folder, tmp_path
+):
+    elsewhere = tmp_path / "moved"
+    shutil.copytree(teacher_folder, elsewhere)
+    output = distill(make_config(steps=1, lr_scheduler="linear"))
+    said = []
+    settings = {
+        "steps": 2, "output": output, "resume": True, "divergence_factor": 0,
+        "mixed_precision": "bf16", "gradient_checkpointing": "all", "recompute_feed_forward": True,
+        "teacher": str(elsewhere), "lr_scheduler": "linear",
+    }  # fmt: skip
+    AcceleratorState._reset_state(reset_partial_state=True)
+    Trainer(make_config(**settings), report=said.append).train()
+    assert any("steps was 1 and is 2: the rates (linear) run over all" in line for line in said)
+    with safe_open(elsewhere / "unet" / UNET_FILE, framework="pt") as file:
+        weights = {name: file.get_tensor(name) * 2 for name in file.keys()}  # noqa: SIM118
+    save_file(weights, elsewhere / "unet" / UNET_FILE, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="teacher is not the one"):
+        Trainer(make_config(**settings))
+
+
+def test_an_allowed_change_takes_effect_and_is_recorded(make_config):
+    output = distill(make_config(steps=2, lr_scheduler="constant_with_warmup", lr_warmup_steps=4))
+    config = make_config(
+        steps=3, output=output, resume=True, learning_rate=4e-5, adam_beta1=0.5, log_every=1,
+        lr_scheduler="constant_with_warmup", lr_warmup_steps=4, batch_size=2,
+        allow_change=("learning_rate", "adam_beta1", "batch_size"),
+    )  # fmt: skip
+    trainer = Trainer(config)
+    (group,) = trainer.student.optimizer.param_groups
+    assert (group["lr"], group["betas"][0]) == (pytest.approx(2e-5), 0.5)  # 2 of 4 steps
+    assert trainer.lora.optimizer.param_groups[0]["lr"] == pytest.approx(5e-4)
+    trainer.train()
+    assert trainer.state.samples_seen == 2 * 3 + 2
+    logged = json.loads((output / "log.jsonl").read_text().splitlines()[-1])
+    assert logged["learning_rate"] == pytest.approx(2e-5)  # the step's own, not the next one's
+    first, second = map(json.loads, (output / "history.jsonl").read_text().splitlines())
+    assert first["changed"] == {}
+    assert second["changed"] == {
+        "learning_rate": [1e-3, 4e-5], "adam_beta1": [0.9, 0.5], "samples_per_step": [3, 2],
+    }  # fmt: skip
+    assert (second["step"], second["steps"]) == (2, 3)
+    assert load_config(output / "config.yaml").allow_change == ()
+
+
+def test_a_finished_run_is_left_as_it_is(make_config):
+    output = distill(make_config(steps=1))
+    kept = {name: (output / name).read_text() for name in ("summary.json", "log.jsonl")}
+    shutil.rmtree(output / "scheduler")  # as if the last write had been killed
+    said = []
+    Trainer(make_config(steps=1, output=output, resume=True), report=said.append).train()
+    assert "All 1 steps of this run are done" in said[1]
+    assert {name: (output / name).read_text() for name in kept} == kept
+    assert (output / "scheduler").is_dir()
 
 
 @pytest.mark.parametrize(
@@ -289,7 +355,7 @@ def test_a_damaged_checkpoint_is_named(make_config, damaged):
     if path.is_dir():
         path = path / "diffusion_pytorch_model.safetensors"
     path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(CheckpointError, match=newest.name):
+    with pytest.raises(CheckpointError, match=f"{newest.name}.*There is no older one"):
         distill(make_config(output=output, resume=True))
 
 
@@ -298,7 +364,8 @@ def test_teacher_without_a_whole_pipeline_gives_none(make_config, teacher_folder
         (tmp_path / part).symlink_to(teacher_folder / part)
     output = distill(make_config(teacher=str(tmp_path), save_pipeline=True, steps=1))
     assert {path.name for path in output.iterdir()} == {
-        "checkpoints", "config.yaml", "log.jsonl", "scheduler", "summary.json", "unet",
+        ".lock", "checkpoints", "config.yaml", "history.jsonl", "log.jsonl", "scheduler",
+        "summary.json", "unet",
     }  # fmt: skip
 
 
