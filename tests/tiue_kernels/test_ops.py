@@ -15,6 +15,9 @@ from tiue_kernels.reference import cross_timestep_attention as reference_attenti
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 BACKENDS = ("reference", "triton")
+# opcheck: what a dtype changes, and what it is enough to check in one.
+OF_EVERY_DTYPE = ("test_schema", "test_faketensor")
+OF_ONE_DTYPE = ("test_autograd_registration", "test_aot_dispatch_dynamic")
 
 
 @pytest.fixture(params=BACKENDS)
@@ -84,20 +87,22 @@ def test_compiles_to_one_graph_and_once(name: str) -> None:
         torch.testing.assert_close(value, reference)
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=["f32", "f16", "bf16", "f64"])
 @pytest.mark.parametrize("name", CALLS)
-def test_opcheck(name: str, layout: str) -> None:
-    """Schemas, fakes and autograd of the operators that a call reaches."""
+def test_opcheck(name: str, dtype: torch.dtype) -> None:
+    """Schemas, fakes and autograd of the operators that a call reaches, in both layouts."""
     call = CALLS[name]
-    tensors = [tensor.float() for tensor in call.tensors.values()]
-    if layout == "channels_last":
-        if all(tensor.ndim != 4 for tensor in tensors):
-            pytest.skip("no map")
-        tensors = [t.to(memory_format=torch.channels_last) if t.ndim == 4 else t for t in tensors]
-    recorded = _operators_called(call.run, tensors)
-    assert recorded
-    for operator, args in recorded:
-        torch.library.opcheck(operator, args)
+    tensors = [tensor.to(dtype) for tensor in call.tensors.values()]
+    checks = OF_EVERY_DTYPE + OF_ONE_DTYPE * (dtype == torch.float32)
+    layouts = [tensors]
+    if any(tensor.ndim == 4 for tensor in tensors):
+        last = torch.channels_last
+        layouts.append([t.to(memory_format=last) if t.ndim == 4 else t for t in tensors])
+    for laid in layouts:
+        recorded = _operators_called(call.run, laid)
+        assert recorded
+        for operator, args in recorded:
+            torch.library.opcheck(operator, args, test_utils=checks)
 
 
 def _operators_called(function, tensors: Tensors) -> list[tuple[object, tuple]]:

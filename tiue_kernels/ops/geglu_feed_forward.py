@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from tiue_kernels.ops import geglu
-from tiue_kernels.ops._library import define, statistics_dtype
-from tiue_kernels.ops.layer_norm_linear import normalise, normalise_backward
+from tiue_kernels.ops._library import define
+from tiue_kernels.ops.layer_norm_linear import empty_statistics, normalise, normalise_backward
 
 
 def _tokens(x, norm_weight, norm_bias, eps, dtype):
@@ -46,8 +46,7 @@ def _run_fwd(
 def _fake_fwd(
     x, norm_weight, norm_bias, eps, projection_weight, projection_bias, weight, bias, keep
 ):
-    shape = (0,) if norm_weight is None else (*x.shape[:-1], 1)
-    stats = x.new_empty(shape, dtype=x.dtype if norm_weight is None else statistics_dtype(x.dtype))
+    stats = x.new_empty(0) if norm_weight is None else empty_statistics(x)
     projection = weight.new_empty(*x.shape[:-1], projection_weight.shape[0])
     return (
         weight.new_empty(*x.shape[:-1], weight.shape[0]),

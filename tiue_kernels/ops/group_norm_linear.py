@@ -6,16 +6,16 @@ Backward needs x and the statistics alone: the normalised map is computed again,
 import torch
 import torch.nn.functional as F
 
-from tiue_kernels.layout import like
-from tiue_kernels.ops._library import define, rows_like, statistics_dtype
+from tiue_kernels.layout import for_group_norm, like
+from tiue_kernels.ops._library import define, rows_like
 
 
 def _normalise(x, num_groups, norm_weight, norm_bias, eps):
     """GroupNorm(x), mean and rstd."""
     rows, channels, height, width = x.shape
-    norm_weight, norm_bias = norm_weight.to(x.dtype), norm_bias.to(x.dtype)
+    norm = (norm_weight.to(x.dtype).contiguous(), norm_bias.to(x.dtype).contiguous())
     size = (rows, channels, height * width)
-    return torch.native_group_norm(like(x, x), norm_weight, norm_bias, *size, num_groups, eps)
+    return torch.native_group_norm(for_group_norm(x), *norm, *size, num_groups, eps)
 
 
 def _run_fwd(x, num_groups, norm_weight, norm_bias, eps, weight, bias):
@@ -25,7 +25,7 @@ def _run_fwd(x, num_groups, norm_weight, norm_bias, eps, weight, bias):
 
 def _fake_fwd(x, num_groups, norm_weight, norm_bias, eps, weight, bias):
     rows, _, height, width = x.shape
-    stats = x.new_empty(rows, num_groups, dtype=statistics_dtype(x.dtype))
+    stats = x.new_empty(rows, num_groups)  # of x's dtype, as torch gives them on every device
     return x.new_empty(rows, height * width, weight.shape[0]), stats, torch.empty_like(stats)
 
 
@@ -41,11 +41,13 @@ def _run_bwd(grad_out, x, num_groups, norm_weight, norm_bias, eps, weight, mean,
     grads = tuple(x.new_empty(0) for _ in range(3))
     if need_norm:
         grad = (grad_out @ weight).transpose(1, 2).unflatten(2, (height, width))
-        grad_x, grad_norm_weight, grad_norm_bias = torch.ops.aten.native_group_norm_backward(
-            *(like(grad, x), like(x, x), mean, rstd, norm_weight.to(x.dtype)),
+        taken = for_group_norm(x)
+        grad_x, *norm_grads = torch.ops.aten.native_group_norm_backward(
+            *(like(grad, taken), taken, mean, rstd, norm_weight.to(x.dtype).contiguous()),
             *(rows, channels, height * width, num_groups, [True, True, True]),
         )
-        grads = (grad_x, grad_norm_weight.to(norm_weight.dtype), grad_norm_bias.to(norm_bias.dtype))
+        norm = zip(norm_grads, (norm_weight, norm_bias), strict=True)
+        grads = (like(grad_x, x), *(grad.to(own.dtype) for grad, own in norm))
     return *grads, grad_weight, grad_bias
 
 

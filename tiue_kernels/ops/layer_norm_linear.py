@@ -15,6 +15,12 @@ def normalise(x, norm_weight, norm_bias, eps):
     return torch.native_layer_norm(x, x.shape[-1:], norm_weight, norm_bias, eps)
 
 
+def empty_statistics(x):
+    """For fakes: the mean or the rstd of LayerNorm; torch's for a CPU have the dtype of x."""
+    dtype = x.dtype if x.device.type == "cpu" else statistics_dtype(x.dtype)
+    return x.new_empty(*x.shape[:-1], 1, dtype=dtype)
+
+
 def normalise_backward(grad_out, x, mean, rstd, norm_weight, norm_bias):
     """Gradients of LayerNorm at x, weight and bias, each in its dtype."""
     weight, bias = norm_weight.to(x.dtype), norm_bias.to(x.dtype)
@@ -31,7 +37,7 @@ def _run_fwd(x, norm_weight, norm_bias, eps, weights):
 
 
 def _fake_fwd(x, norm_weight, norm_bias, eps, weights):
-    stats = x.new_empty(*x.shape[:-1], 1, dtype=statistics_dtype(x.dtype))
+    stats = empty_statistics(x)
     outputs = [weight.new_empty(*x.shape[:-1], weight.shape[0]) for weight in weights]
     return outputs, stats, torch.empty_like(stats)
 
