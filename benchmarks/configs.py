@@ -39,4 +39,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "norm_num_groups": 8,
     },
 }
+# What is counted for the report, at the published sizes of latents: 512 x 512 pixels, of SDXL 1024.
+COUNTED = {"sd15": 64, "sd21": 64, "sdxl": 128}
 NUM_TOKENS = 77  # what CLIP's tokenizer pads every Stable Diffusion prompt to

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import multiply_adds, plots
+from benchmarks.configs import COUNTED
 from benchmarks.markdown import seconds, table
 from benchmarks.rivals import FORMS
 
@@ -21,8 +22,6 @@ START, END = "<!-- performance: python -m benchmarks.report -->", "<!-- /perform
 NOTHING = "No results are committed yet: `make bench` makes them."
 NOT_MEASURED = "Not measured."
 OURS = "tiue"
-# The published sizes of each model: latents of 512 x 512, of SDXL 1024 x 1024.
-COUNTED = {"sd15": 64, "sd21": 64, "sdxl": 128}
 PROTOCOL = """\
 `make bench` times a machine's CPU, `make gpu` its NVIDIA GPU, and `python -m benchmarks.report` \
 writes this page from `benchmarks/results/`; do not edit it.
