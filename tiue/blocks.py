@@ -10,16 +10,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from tiue_kernels import functional
 from tiue_kernels.layers import (
     is_affine_group_norm,
     is_plain,
-    is_plain_conv,
     repeat_rows,
     tell_once,
 )
+from tiue_kernels.low_rank import Weights, weights_of, weights_of_conv
 from tiue_kernels.nn import FusedBasicTransformerBlock, FusedResnetBlock2D
 
 
@@ -93,30 +94,51 @@ def run_transformer(transformer: Any, hidden: torch.Tensor, context: SharedConte
         context.tell_once(transformer)
         return transformer(hidden, **context.repeated, return_dict=False)[0]
 
-    rows, _, height, width = hidden.shape
     tokens, inner_dim = _tokens(transformer, hidden)
     checkpointing = torch.is_grad_enabled() and transformer.gradient_checkpointing
     run = transformer._gradient_checkpointing_func if checkpointing else call
     for block in transformer.transformer_blocks:
         tokens = run(_transformer_block, block, tokens, context)
-    return transformer._get_output_for_continuous_inputs(
-        tokens, hidden, rows, height, width, inner_dim
-    )
+    return _map(transformer, tokens, hidden, inner_dim)
 
 
 def _tokens(transformer: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, int]:
     """[K*B, C, H, W] -> [K*B, H*W, inner_dim] and inner_dim: norm and projection in."""
-    norm, project = transformer.norm, transformer.proj_in
-    is_matrix = is_plain(project, nn.Linear) or (
-        is_plain_conv(project) and project.kernel_size == (1, 1) and set(project.padding) == {0}
-    )
-    if not (is_matrix and is_affine_group_norm(norm)):
+    norm, weights = transformer.norm, _projection(transformer.proj_in)
+    if weights is None or not is_affine_group_norm(norm):
         return transformer._operate_on_continuous_inputs(hidden)
-    weight = project.weight.flatten(1)
-    tokens = functional.group_norm_linear(
-        hidden, norm.num_groups, norm.weight, norm.bias, weight, project.bias, norm.eps
+    tokens = weights.apply(
+        lambda weight, bias: functional.group_norm_linear(
+            hidden, norm.num_groups, norm.weight, norm.bias, weight.flatten(1), bias, norm.eps
+        ),
+        hidden.shape[0] * hidden.shape[2] * hidden.shape[3],
     )
-    return tokens, weight.shape[0]
+    return tokens, tokens.shape[-1]
+
+
+def _map(
+    transformer: Any, tokens: torch.Tensor, residual: torch.Tensor, inner_dim: int
+) -> torch.Tensor:
+    """[K*B, H*W, inner_dim] and [K*B, C, H, W] -> [K*B, C, H, W]: projection out and sum."""
+    rows, _, height, width = residual.shape
+    weights = _projection(transformer.proj_out)
+    if weights is None or weights.down is None or weights.runs_beside(tokens.shape[:-1].numel()):
+        return transformer._get_output_for_continuous_inputs(
+            tokens, residual, rows, height, width, inner_dim
+        )
+    out = F.linear(tokens, weights.merged().flatten(1), weights.bias)
+    return residual + out.unflatten(1, (height, width)).permute(0, 3, 1, 2)
+
+
+def _projection(layer: Any) -> Weights | None:
+    """The weights of a linear layer or of a 1 x 1 convolution; None for any other."""
+    weights = weights_of(layer, nn.Linear)
+    if weights is not None:
+        return weights
+    weights = weights_of_conv(layer)
+    if weights is None or weights.layer.kernel_size != (1, 1) or set(weights.layer.padding) != {0}:
+        return None
+    return weights
 
 
 def _transformer_block(block: Any, tokens: torch.Tensor, context: SharedContext) -> torch.Tensor:

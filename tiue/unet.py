@@ -23,7 +23,8 @@ from tiue.errors import ArchitectureError, CheckpointError, InputError
 from tiue.schedule import OnePassSchedule
 from tiue.weights import load_whole
 from tiue_kernels import functional
-from tiue_kernels.layers import is_plain, is_plain_conv, repeat_rows
+from tiue_kernels.layers import is_plain, repeat_rows
+from tiue_kernels.low_rank import weights_of
 
 T = TypeVar("T", bound="TiUEUNet")
 
@@ -219,16 +220,15 @@ class TiUEUNet(UNet2DConditionModel):
             InputError: no timestep.
         """
         timesteps = _as_timesteps(timesteps, features.hidden.device)
-        kwargs = features.cross_attention_kwargs
-        hidden = self._decode(features, timesteps, cross_attention_kwargs=kwargs)
         norm, conv = self.conv_norm_out, self.conv_out
-        if self._has_plain_output and is_plain_conv(conv):
-            out = functional.group_norm_silu_conv2d(
-                *(hidden, norm.num_groups, norm.weight, norm.bias),
-                *(conv.weight, conv.bias, norm.eps, conv.padding),
-            )
-        else:
-            out = conv(hidden if norm is None else self.conv_act(norm(hidden)))
+
+        def last(hidden: torch.Tensor) -> torch.Tensor:
+            if norm is None:
+                return conv(hidden)
+            return functional.norm_silu_conv(norm, self.conv_act, conv, hidden)
+
+        kwargs = features.cross_attention_kwargs
+        out = self._decode(features, timesteps, last, cross_attention_kwargs=kwargs)
         return out.unflatten(0, (len(timesteps), features.hidden.shape[0]))
 
     @property
@@ -252,26 +252,26 @@ class TiUEUNet(UNet2DConditionModel):
         Returns:
             [B, C, H, W].
         """
-        norm, conv = self.conv_norm_out, self.conv_out
-        if not (self._has_plain_output and is_plain(conv, nn.Conv2d)):
+        norm, weights = self.conv_norm_out, weights_of(self.conv_out, nn.Conv2d)
+        if not self._has_plain_output or weights is None:
             return schedule.combine(latents, self.decode(features, schedule.timesteps))
+
+        def last(hidden: torch.Tensor) -> torch.Tensor:
+            hidden = functional.timestep_sum_group_norm_silu(
+                *(hidden, schedule.noise_coefficients, norm.num_groups),
+                *(norm.weight, norm.bias, norm.eps),
+            )
+            scaled, conv = weights_of(self.conv_out, nn.Conv2d), weights.layer
+            # A product of tensors, at least float32: a number would be read from the device, which
+            # the host would wait for.
+            dtype = torch.promote_types(conv.bias.dtype, torch.float32)
+            total = schedule.noise_coefficients.to(hidden.device, dtype).sum()
+            bias = (conv.bias * total).to(conv.bias.dtype)
+            return F.conv2d(hidden, scaled.merged(), bias, conv.stride, conv.padding)
 
         timesteps = _as_timesteps(schedule.timesteps, features.hidden.device)
         kwargs = features.cross_attention_kwargs
-        hidden = functional.timestep_sum_group_norm_silu(
-            self._decode(features, timesteps, cross_attention_kwargs=kwargs),
-            schedule.noise_coefficients,
-            norm.num_groups,
-            norm.weight,
-            norm.bias,
-            norm.eps,
-        )
-        # A product of tensors, at least float32: a number would be read from the device, which the
-        # host would wait for.
-        dtype = torch.promote_types(conv.bias.dtype, torch.float32)
-        total = schedule.noise_coefficients.to(hidden.device, dtype).sum()
-        bias = (conv.bias * total).to(conv.bias.dtype)
-        noise = F.conv2d(hidden, conv.weight, bias, conv.stride, conv.padding)
+        noise = self._decode(features, timesteps, last, cross_attention_kwargs=kwargs)
         return (schedule.latent_coefficient * latents + noise).to(latents.dtype)
 
     def predict_noise(
@@ -417,9 +417,10 @@ class TiUEUNet(UNet2DConditionModel):
         self,
         features: EncoderFeatures,
         timesteps: torch.Tensor,
+        last: Callable[[torch.Tensor], torch.Tensor],
         cross_attention_kwargs: dict[str, Any] | None,
     ) -> torch.Tensor:
-        """[K*B, C, H, W] before `conv_norm_out`."""
+        """last([K*B, C, H, W] before `conv_norm_out`), under the LoRA scale too."""
         count, batch = len(timesteps), features.hidden.shape[0]
         anchor = features.hidden.new_empty(count * batch, 0, dtype=features.sample_dtype)
         repeated = repeat_rows(
@@ -447,7 +448,7 @@ class TiUEUNet(UNet2DConditionModel):
             skips, block_skips = skips[:border], skips[border:]
             upsample_size = skips[-1].shape[2:] if skips and not exact else None
             hidden = decode_up_block(block, hidden, block_skips, embedding, context, upsample_size)
-        return hidden
+        return last(hidden)
 
     def _condition(
         self,

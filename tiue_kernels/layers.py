@@ -14,14 +14,16 @@ def is_plain(module: nn.Module | None, *classes: type[nn.Module] | str) -> bool:
     """Whether a module is exactly of one of these classes and is called through its own forward.
 
     A hook, an adapter that wraps the layer, a parametrization (another class) or a replaced
-    `forward` (accelerate's offloading) would be left out if the module were taken apart.
+    `forward` (accelerate's offloading) would be left out if the module were taken apart; the
+    weight of another tensor class (torchao's int8 and float8) is known to torch's operators alone.
 
     Args:
         module: any.
         *classes: classes, or names of classes of diffusers, which this package does not import,
             or of `tiue_kernels.nn`.
     """
-    return (type(module) in classes or is_named(module, *classes)) and is_untouched(module)
+    known = type(module) in classes or is_named(module, *classes)
+    return known and is_untouched(module) and _holds_plain_tensors(module)
 
 
 def is_named(instance: object, *names: type | str) -> bool:
@@ -45,14 +47,13 @@ def is_untouched(module: Any) -> bool:
     )
 
 
-def is_plain_conv(conv: Any) -> bool:
-    """Whether `tiue_kernels.functional` may do a convolution: plain, zero padding, stride 1."""
-    return (
-        is_plain(conv, nn.Conv2d)
-        and conv.padding_mode == "zeros"
-        and not isinstance(conv.padding, str)
-        and conv.groups == 1
-        and set(conv.stride) == set(conv.dilation) == {1}
+def _holds_plain_tensors(module: Any) -> bool:
+    """Whether a module's own parameters are torch's, or an exporter's stand-ins for those."""
+    return all(
+        parameter is None
+        or type(parameter) in (torch.Tensor, nn.Parameter)
+        or type(parameter).__module__.startswith("torch._subclasses")
+        for parameter in module._parameters.values()
     )
 
 
@@ -95,7 +96,8 @@ def tell_once(module: nn.Module) -> None:
     if name not in _told:
         _told.add(name)
         logger.warning(
-            "A %s runs over repeated features, because an adapter, a hook, FreeU or an option "
-            "changes it: exact, but slower. Said once.",
+            "A %s runs over repeated features, because an adapter that is more than LoRAs (DoRA), "
+            "a hook, a quantised weight, FreeU or an option changes it: exact, but slower. Said "
+            "once.",
             name,
         )

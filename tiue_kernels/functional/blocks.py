@@ -33,10 +33,10 @@ from tiue_kernels.layers import (
     is_idle,
     is_named,
     is_plain,
-    is_plain_conv,
     repeat_rows,
     tell_once,
 )
+from tiue_kernels.low_rank import Weights, linear, weights_of, weights_of_conv
 
 
 def resnet_block(
@@ -63,36 +63,39 @@ def resnet_block(
     rows = hidden.shape[0] if time_embedding is None else time_embedding.shape[0]
     if skip is not None and hidden.shape[0] < rows:
         hidden, skip = torch.cat([hidden, skip], dim=1), None
-    elif skip is not None and not _can_split(block):
+    convs = None if skip is None else _split_convs(block)
+    if skip is not None and convs is None:
         tell_once(block)
         skip = repeat_rows(skip, rows // max(skip.shape[0], 1))
         hidden, skip = torch.cat([hidden, skip], dim=1), None
 
-    norm, conv, shortcut = block.norm1, block.conv1, block.conv_shortcut
-    own: torch.Tensor | None = None
-    if skip is None:
-        shared = norm_silu_conv(norm, block.nonlinearity, conv, hidden)
+    norm, shortcut = block.norm1, block.conv_shortcut
+    if skip is None or convs is None:
+        shared = norm_silu_conv(norm, block.nonlinearity, block.conv1, hidden)
         out = _second_half(block, None, shared, time_embedding)
         residual = hidden if shortcut is None else _conv2d(shortcut, hidden)
     else:
-        own, shared = shared_skip_group_norm_silu_conv2d(
-            hidden, skip, *_norm(norm), conv.weight, conv.bias, norm.eps, conv.padding
+        own, shared = convs[0].apply(
+            lambda weight, bias: shared_skip_group_norm_silu_conv2d(
+                *(hidden, skip, *_norm(norm), weight, bias, norm.eps, convs[0].layer.padding)
+            ),
+            _pixels(hidden),
         )
         out = _second_half(block, own, shared, time_embedding)
-        own, residual = split_conv2d(hidden, skip, shortcut.weight, shortcut.bias)
+        own, residual = convs[1].apply(
+            lambda weight, bias: split_conv2d(hidden, skip, weight, bias), _pixels(hidden)
+        )
         out = out + own
     out = _add_shared(out, residual)
     return out if block.output_scale_factor == 1.0 else out / block.output_scale_factor
 
 
-def _can_split(block: Any) -> bool:
-    """Whether norm, convolution and shortcut can be split at the skip's border."""
-    return (
-        is_plain(block.nonlinearity, nn.SiLU)
-        and is_affine_group_norm(block.norm1)
-        and is_plain_conv(block.conv1)
-        and is_plain_conv(block.conv_shortcut)
-    )
+def _split_convs(block: Any) -> tuple[Weights, Weights] | None:
+    """Convolution and shortcut where they can be split at the skip's border."""
+    if not (is_plain(block.nonlinearity, nn.SiLU) and is_affine_group_norm(block.norm1)):
+        return None
+    conv, shortcut = weights_of_conv(block.conv1), weights_of_conv(block.conv_shortcut)
+    return None if conv is None or shortcut is None else (conv, shortcut)
 
 
 def _second_half(
@@ -113,9 +116,13 @@ def _second_half(
     scale_shift = block.time_embedding_norm == "scale_shift"
     if is_affine_group_norm(norm) and is_plain(activation, nn.SiLU):
         inputs = (hidden, shared, projected, *_norm(norm))
-        if is_plain_conv(conv) and is_idle(block.dropout):
-            return broadcast_add_group_norm_silu_conv2d(
-                *inputs, conv.weight, conv.bias, norm.eps, scale_shift, conv.padding
+        weights = weights_of_conv(conv)
+        if weights is not None and is_idle(block.dropout):
+            return weights.apply(
+                lambda weight, bias: broadcast_add_group_norm_silu_conv2d(
+                    *inputs, weight, bias, norm.eps, scale_shift, weights.layer.padding
+                ),
+                projected.shape[0] * shared.shape[2:].numel(),
             )
         out = broadcast_add_group_norm_silu(*inputs, norm.eps, scale_shift)
         return _conv2d(conv, block.dropout(out))
@@ -147,10 +154,14 @@ def norm_silu_conv(
         [rows, C_out, H', W'].
     """
     idle = dropout is None or is_idle(dropout)
-    plain = is_affine_group_norm(norm) and is_plain(activation, nn.SiLU) and is_plain_conv(conv)
-    if idle and plain:
-        return group_norm_silu_conv2d(
-            x, *_norm(norm), conv.weight, conv.bias, norm.eps, conv.padding
+    weights = weights_of_conv(conv)
+    plain = is_affine_group_norm(norm) and is_plain(activation, nn.SiLU)
+    if idle and plain and weights is not None:
+        return weights.apply(
+            lambda weight, bias: group_norm_silu_conv2d(
+                x, *_norm(norm), weight, bias, norm.eps, weights.layer.padding
+            ),
+            _pixels(x),
         )
     x = activation(norm(x))
     return _conv2d(conv, x if dropout is None else dropout(x))
@@ -167,13 +178,17 @@ def upsampler(block: Any, hidden: torch.Tensor, size: Any = None) -> torch.Tenso
     Returns:
         [rows, C, 2 H, 2 W], or of the given size.
     """
-    conv = block.conv
+    weights = weights_of_conv(block.conv)
     height, width = hidden.shape[2:]
     exact = size is None or tuple(size) == (2 * height, 2 * width)
-    if exact and is_plain_conv(conv) and conv.kernel_size == (3, 3) and set(conv.padding) == {1}:
-        return upsample_conv2d(hidden, conv.weight, conv.bias)
+    if exact and weights is not None:
+        conv = weights.layer
+        if conv.kernel_size == (3, 3) and set(conv.padding) == {1}:
+            return weights.apply(
+                lambda weight, bias: upsample_conv2d(hidden, weight, bias), _pixels(hidden)
+            )
     size = (2 * height, 2 * width) if size is None else size
-    return conv(nn.functional.interpolate(hidden, size=tuple(size), mode="nearest"))
+    return block.conv(nn.functional.interpolate(hidden, size=tuple(size), mode="nearest"))
 
 
 def transformer_block(
@@ -227,7 +242,7 @@ def _self_attention(
     query, key, value = _norm_project(norm, projections, tokens)
     out = cross_timestep_attention(query, key, value, attention.heads)
     for layer in attention.to_out:
-        out = layer(out)
+        out = linear(layer, out)
     return out
 
 
@@ -259,7 +274,7 @@ def _cross_attention(
         query, attention.to_k(text), attention.to_v(text), attention.heads, attention_bias=mask
     )
     for layer in attention.to_out:
-        out = layer(out)
+        out = linear(layer, out)
     return out
 
 
@@ -267,12 +282,24 @@ def _norm_project(
     norm: Any, projections: tuple[Any, ...], tokens: torch.Tensor
 ) -> list[torch.Tensor]:
     """projection_i(norm(tokens)) each; through the modules where one is not plain."""
-    plain = all(is_plain(layer, nn.Linear) and layer.bias is None for layer in projections)
-    if plain and is_affine_layer_norm(norm):
-        weights = [layer.weight for layer in projections]
-        return layer_norm_linear(tokens, norm.weight, norm.bias, weights, norm.eps)
-    tokens = norm(tokens)
-    return [layer(tokens) for layer in projections]
+    known = [weights_of(layer, nn.Linear) for layer in projections]
+    parts = [part for part in known if part is not None and part.bias is None]
+    if len(parts) < len(projections) or not is_affine_layer_norm(norm):
+        tokens = norm(tokens)
+        return [layer(tokens) for layer in projections]
+    positions = tokens.shape[:-1].numel()
+    beside = [part.runs_beside(positions) for part in parts]
+    weights = [
+        part.layer.weight if aside else part.merged(slot)
+        for slot, (part, aside) in enumerate(zip(parts, beside, strict=True))
+    ]
+    weights += [part.down for part, aside in zip(parts, beside, strict=True) if aside]
+    out = layer_norm_linear(tokens, norm.weight, norm.bias, weights, norm.eps)
+    low = iter(out[len(parts) :])
+    return [
+        full + part.raised(next(low)) if aside else full
+        for full, part, aside in zip(out, parts, beside, strict=False)
+    ]
 
 
 def _is_plain_attention(attention: Any) -> bool:
@@ -306,12 +333,14 @@ def feed_forward(
     if not (is_plain(block, "FeedForward") and is_plain(block.net[0], "GEGLU", "FusedGEGLU")):
         return block(norm(tokens))
     gate, dropout, *rest = block.net
-    linears = (gate.proj, rest[0])
-    if is_idle(dropout) and all(is_plain(layer, nn.Linear) for layer in linears):
+    weights = [weights_of(layer, nn.Linear) for layer in (gate.proj, rest[0])]
+    positions = tokens.shape[:-1].numel()
+    first, second = (None if w is None or w.runs_beside(positions) else w for w in weights)
+    if is_idle(dropout) and first is not None and second is not None:
         fused = is_affine_layer_norm(norm)
         tokens = geglu_feed_forward(
             tokens if fused else norm(tokens),
-            *(gate.proj.weight, gate.proj.bias, rest[0].weight, rest[0].bias),
+            *(first.merged(0), first.bias, second.merged(1), second.bias),
             norm_weight=norm.weight if fused else None,
             norm_bias=norm.bias if fused else None,
             eps=norm.eps if fused else 0.0,
@@ -319,9 +348,9 @@ def feed_forward(
         )
         rest = rest[1:]
     else:
-        tokens = dropout(geglu(gate.proj(norm(tokens))))
+        tokens = dropout(geglu(linear(gate.proj, norm(tokens))))
     for layer in rest:
-        tokens = layer(tokens)
+        tokens = linear(layer, tokens)
     return tokens
 
 
@@ -331,9 +360,16 @@ def _norm(norm: Any) -> tuple[int, torch.Tensor, torch.Tensor]:
 
 def _conv2d(conv: Any, x: torch.Tensor) -> torch.Tensor:
     """A convolution, called through its adapter where it has one."""
-    if not is_plain_conv(conv):
+    weights = weights_of_conv(conv)
+    if weights is None:
         return conv(x)
-    return conv2d(x, conv.weight, conv.bias, conv.padding)
+    padding = weights.layer.padding
+    return weights.apply(lambda weight, bias: conv2d(x, weight, bias, padding), _pixels(x))
+
+
+def _pixels(x: torch.Tensor) -> int:
+    """Rows times pixels of [rows, C, H, W]."""
+    return x.shape[0] * x.shape[2] * x.shape[3]
 
 
 def _add_shared(rows: torch.Tensor, shared: torch.Tensor) -> torch.Tensor:
