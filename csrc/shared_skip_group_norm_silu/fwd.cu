@@ -32,7 +32,6 @@ __device__ void group_sums(const Geometry& g, const Range& range, const float (&
                            float* scratch, float* sums) {
   int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
   int warp = thread / 32, lane = thread % 32, warps = threads / 32;
-  __syncthreads();  // scratch and sums of the previous call have been read
   if constexpr (kChannelsLast) {
     int channels = range.channel_end - range.channel;
     int lanes = threads / (channels / kVector);

@@ -1,6 +1,7 @@
 """OnePassSchedule against stepping the scheduler itself."""
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import diffusers
@@ -101,9 +102,31 @@ def test_skip_below_drops_rows_and_keeps_the_encoders_timestep() -> None:
     shorter = schedule.skip_below(0.05)
     assert shorter.timesteps.tolist() == [751, 501, 251]
     assert torch.equal(shorter.noise_coefficients, schedule.noise_coefficients[:3])
-    assert schedule.skip_below(1.0).encoder_timestep == 751
+    # The least weight that is kept is the bound itself.
+    assert len(schedule.skip_below(schedule.noise_coefficients[2].abs().item()).timesteps) == 3
     with pytest.raises(InputError, match="drops every decoder row"):
         schedule.skip_below(3.0)
+
+
+def test_skip_below_of_the_first_timestep_keeps_it_for_the_encoder() -> None:
+    schedule = OnePassSchedule.from_scheduler(build("DDIMScheduler", DDIM))
+    schedule = replace(schedule, noise_coefficients=schedule.noise_coefficients.flip(0))
+    shorter = schedule.skip_below(0.05)
+    assert shorter.timesteps.tolist() == [501, 251, 1]
+    assert shorter.encoder_timestep == 751
+
+
+@pytest.mark.parametrize("name", ["timesteps", "noise_coefficients", "encoder_timestep"])
+def test_a_copy_on_a_device_is_made_once_and_not_kept_when_the_original_changes(name: str) -> None:
+    schedule = OnePassSchedule.from_scheduler(build("DDIMScheduler", DDIM))
+    device = torch.device("meta")
+    first = schedule.on(device)
+    assert schedule.on(device) is first
+    getattr(schedule, name).mul_(2)
+    second = schedule.on(device)
+    assert second is not first
+    assert schedule.on(device) is second
+    assert schedule.on(torch.device("cpu")) is schedule
 
 
 @pytest.mark.parametrize(
@@ -136,7 +159,12 @@ def test_a_nonlinear_step_is_noticed() -> None:
             (sample, *rest) = super().step(*args, **kwargs)
             return sample + 1e-3, *rest
 
-    for kind in (Saturating, Shifted):
+    class Bent(diffusers.DDIMScheduler):
+        def step(self, *args: Any, **kwargs: Any) -> Any:
+            (sample, *rest) = super().step(*args, **kwargs)
+            return sample + 1e-4 * sample.abs(), *rest  # a tenth of a thousandth of the value
+
+    for kind in (Saturating, Shifted, Bent):
         with pytest.raises(SchedulerError, match="not a linear map"):
             OnePassSchedule.from_scheduler(kind(**DDIM), 4)
 

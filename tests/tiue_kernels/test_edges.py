@@ -104,6 +104,17 @@ def test_the_gradient_at_the_floor_is_the_derivative(backend) -> None:
         torch.testing.assert_close(grad.double(), slope, rtol=1e-4, atol=1e-12)
 
 
+def test_the_norm_of_a_constant_map_far_from_zero_gives_its_bias() -> None:
+    """A mean of 252 times 1000.1 that rounding moves by 1e-4 would be 0.02 in the output."""
+    maps, bias = torch.full((1, 4, 7, 9), 1000.1), noise(4)
+    with use_backend("triton"):
+        out = functional.broadcast_add_group_norm_silu(
+            maps, torch.zeros_like(maps), torch.zeros(1, 4), 1, torch.ones(4), bias
+        )
+    want = F.silu(bias)[:, None, None].expand(4, 7, 9)
+    torch.testing.assert_close(out[0], want, rtol=0, atol=1e-5)
+
+
 def test_a_constant_map_far_from_zero_has_no_variance() -> None:
     """A sum of 252 times 1000.1 rounds, and a mean that is off by 1e-4 is a variance of 1e-8."""
     value = torch.tensor(1000.1)

@@ -108,6 +108,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(make_config):
     averages = resumed.ema.shadow_params, whole.ema.shadow_params
     assert all(torch.equal(*pair) for pair in zip(*averages, strict=True))
     assert resumed.ema.optimization_step == whole.ema.optimization_step == 4
+    assert resumed.guard.state_dict() == whole.guard.state_dict()
     assert same(resumed.teacher.unet.state_dict(), whole.teacher.unet.state_dict())
     for name in ("student", "lora"):
         states = [getattr(t, name).optimizer.state_dict()["state"] for t in (resumed, whole)]
