@@ -9,21 +9,31 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tiue.openmoji import load_openmoji
-    from tiue.pipelines import TiUEPipeline
+    from tiue.pipelines import TiUEPipeline, TiUEXLPipeline, one_pass
     from tiue.scenes import load_scenes
     from tiue.schedule import OnePassSchedule
     from tiue.unet import TiUEUNet
 
 __version__ = "0.1.0"
-__all__ = ["OnePassSchedule", "TiUEPipeline", "TiUEUNet", "load_openmoji", "load_scenes"]
+__all__ = [
+    "OnePassSchedule",
+    "TiUEPipeline",
+    "TiUEUNet",
+    "TiUEXLPipeline",
+    "load_openmoji",
+    "load_scenes",
+    "one_pass",
+]
 
 # Imported at first use: torch and diffusers take seconds, `tiue --help` must not.
 _HOMES = {
     "OnePassSchedule": "tiue.schedule",
     "TiUEPipeline": "tiue.pipelines",
     "TiUEUNet": "tiue.unet",
+    "TiUEXLPipeline": "tiue.pipelines",
     "load_openmoji": "tiue.openmoji",
     "load_scenes": "tiue.scenes",
+    "one_pass": "tiue.pipelines",
 }
 
 

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from diffusers import UNet2DConditionModel
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
@@ -107,4 +108,33 @@ def check_architecture(unet: Any) -> None:
     if unet.config.addition_embed_type == "image_hint":
         raise ArchitectureError(
             "addition_embed_type='image_hint' (Kandinsky's ControlNet) is not supported"
+        )
+
+
+def check_is_unet(unet: Any) -> None:
+    """See that something is a UNet itself, with nothing around it that would be lost.
+
+    Args:
+        unet: what was given for one.
+
+    Raises:
+        ArchitectureError: it is none, or a wrapper is around it.
+    """
+    name = type(unet).__name__
+    if hasattr(unet, "get_base_model"):
+        raise ArchitectureError(
+            f"this is a {name} of PEFT, whose adapters a UNet holds by itself: give"
+            " model.get_base_model()"
+        )
+    if hasattr(unet, "_orig_mod"):
+        raise ArchitectureError(
+            "this UNet is compiled: give unet._orig_mod, and compile what is made of it"
+        )
+    if not isinstance(unet, UNet2DConditionModel):
+        raise ArchitectureError(f"TiUEUNet is made of a diffusers UNet2DConditionModel, not {name}")
+    if "forward" in vars(unet):
+        raise ArchitectureError(
+            "this UNet's forward has been replaced (by offloading, for instance), which the one"
+            " pass would not run: remove the hooks (pipe.remove_all_hooks()), and offload what is"
+            " made of the UNet or of the pipeline"
         )

@@ -4,6 +4,7 @@ import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from tiue.errors import InputError, SchedulerError
@@ -37,26 +38,32 @@ class OnePassSchedule:
     model_input_scale: float
 
     @classmethod
-    def from_scheduler(cls, scheduler: Any, num_decoder_steps: int = 4) -> "OnePassSchedule":
+    def from_scheduler(
+        cls, scheduler: Any, num_decoder_steps: int = 4, strength: float = 1.0
+    ) -> "OnePassSchedule":
         """Take S and E from a scheduler by stepping a copy of it on scalars, in float64.
 
         Args:
             scheduler: any deterministic diffusers scheduler whose step is linear in the sample
                 and the model outputs (DDIM, Euler, DPM-Solver++, ...); it is not changed.
             num_decoder_steps: K.
+            strength: part of the training noise levels, from the lowest up, that the timesteps are
+                spread over, as `begun_at`; 1 for all, which begin at pure noise.
 
         Returns:
             The schedule.
 
         Raises:
-            InputError: K < 1, or more steps than the scheduler was made for.
+            InputError: K < 1, or more steps than the scheduler was made for; no strength in 0..1.
             SchedulerError: the scheduler draws noise, clips, thresholds, wants more than one
                 model output a step, or is not linear for another reason.
         """
         config = scheduler.config
         limit = config.get("num_train_timesteps")
-        if num_decoder_steps < 1:
-            raise InputError(f"num_decoder_steps must be at least 1, got {num_decoder_steps}")
+        if not isinstance(num_decoder_steps, int) or num_decoder_steps < 1:
+            raise InputError(
+                f"num_decoder_steps must be a whole number of at least 1, got {num_decoder_steps!r}"
+            )
         if limit is not None and num_decoder_steps > limit:
             raise InputError(
                 f"num_decoder_steps = {num_decoder_steps} is more than the {limit} timesteps "
@@ -68,8 +75,11 @@ class OnePassSchedule:
                     f"{type(scheduler).__name__} has {setting}=True, which is not linear: build "
                     f"it with {setting}=False"
                 )
+        scheduler = begun_at(scheduler, strength, num_decoder_steps)
         try:
-            return cls._probe(scheduler, num_decoder_steps)
+            # Tensors of inference_mode could not be trained with, and count no versions.
+            with torch.inference_mode(False), torch.no_grad():
+                return cls._probe(scheduler, num_decoder_steps)
         except (InputError, SchedulerError):
             raise
         except Exception as error:
@@ -103,6 +113,13 @@ class OnePassSchedule:
         if drew_noise:
             raise SchedulerError(f"{name} draws noise at its steps; {_CURE}")
         coefficients = results[:size]
+        if not coefficients.isfinite().all() and _has_zero_snr(stepped):
+            raise SchedulerError(
+                f"{name} begins at a timestep of no signal at all (rescale_betas_zero_snr), where"
+                f" prediction_type={stepped.config.get('prediction_type')!r} tells nothing of the"
+                " picture: use prediction_type='v_prediction' if the model was trained so, else"
+                " rescale_betas_zero_snr=False"
+            )
         error = (results[size:] - trials @ coefficients).abs()
         # 1e-5: several schedulers step in float32 whatever they are given.
         if not (error <= 1e-5 * (trials.abs() @ coefficients.abs())).all():
@@ -153,11 +170,14 @@ class OnePassSchedule:
             return self
         # A version counts what was written to a tensor in place: no copy outlives its original.
         tensors = (self.timesteps, self.noise_coefficients, self.encoder_timestep)
+        if any(tensor.is_inference() for tensor in tensors):  # these count no versions
+            return self.copied(device)
         key = (device, *(tensor._version for tensor in tensors))
         copies: dict[tuple[Any, ...], OnePassSchedule] = vars(self).setdefault("_copies", {})
         if key not in copies:
             copies.clear()
-            copies[key] = self.copied(device)
+            with torch.inference_mode(False):  # what is kept may be trained with
+                copies[key] = self.copied(device)
         return copies[key]
 
     def copied(self, device: torch.device) -> "OnePassSchedule":
@@ -223,6 +243,73 @@ class OnePassSchedule:
         return replace(
             self, timesteps=self.timesteps[kept], noise_coefficients=self.noise_coefficients[kept]
         )
+
+
+def begun_at(scheduler: Any, strength: float, num_decoder_steps: int = 1) -> Any:
+    """A copy of a scheduler that knows the lowest noise levels alone, to begin at a noised picture.
+
+    Its K timesteps are spread over those as the scheduler spreads them over all: with K = 4 and the
+    usual Stable Diffusion schedule [751, 501, 251, 1] at strength 1, [376, 251, 126, 1] at 0.5.
+
+    Args:
+        scheduler: any diffusers scheduler; it is not changed.
+        strength: part of the training timesteps to keep, from the lowest up, over 0 to 1.
+        num_decoder_steps: K, for which enough of them must be left.
+
+    Returns:
+        The copy, no timesteps set.
+
+    Raises:
+        InputError: a strength out of its range, or too low for K timesteps.
+        SchedulerError: the scheduler has no tables of noise levels to shorten.
+    """
+    if (
+        isinstance(strength, bool)
+        or not isinstance(strength, (int, float))
+        or not 0 < strength <= 1
+    ):
+        raise InputError(f"strength must be over 0 and at most 1, got {strength!r}")
+    begun = copy.deepcopy(scheduler)
+    if strength == 1:
+        return begun
+    levels = scheduler.config.num_train_timesteps
+    kept = round(levels * strength)
+    if kept < 2 * num_decoder_steps:
+        raise InputError(
+            f"strength = {strength} leaves {kept} of {levels} noise levels, too few for"
+            f" num_decoder_steps = {num_decoder_steps}: raise it, or give fewer steps"
+        )
+    tables = {
+        name: value[:kept]
+        for name, value in vars(begun).items()
+        if isinstance(value, (torch.Tensor, np.ndarray)) and value.shape == (levels,)
+    }
+    if "alphas_cumprod" not in tables:
+        raise SchedulerError(f"{type(scheduler).__name__} has no noise levels to begin at; {_CURE}")
+    vars(begun).update(tables)
+    begun.register_to_config(num_train_timesteps=kept)
+    return begun
+
+
+def settings_of(scheduler: Any) -> tuple[Any, ...]:
+    """All that a scheduler's steps depend on, to compare: equal settings, equal schedules.
+
+    What was written to it in place is seen, a table of noise levels as well as its configuration.
+    """
+    values: list[tuple[Any, ...]] = []
+    for name, value in vars(scheduler).items():
+        if isinstance(value, torch.Tensor):
+            value = value.detach().cpu().numpy()
+        if isinstance(value, np.ndarray):
+            values.append((name, value.dtype.str, value.shape, value.tobytes()))
+        else:
+            values.append((name, repr(value)))
+    return (type(scheduler), *values)
+
+
+def _has_zero_snr(scheduler: Any) -> bool:
+    levels = getattr(scheduler, "alphas_cumprod", None)
+    return levels is not None and not levels[int(scheduler.timesteps[0])]
 
 
 def _run(scheduler: Any, probes: torch.Tensor) -> tuple[torch.Tensor, bool]:

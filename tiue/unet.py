@@ -1,73 +1,37 @@
 """TiUEUNet: a Stable Diffusion UNet whose encoder runs once and whose decoder runs K timesteps."""
 
-import json
-import os
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import UNet2DConditionModel
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from diffusers.utils.peft_utils import apply_lora_scale
 from torch import nn
 
 from tiue.blocks import SharedContext
-from tiue.checkpoints import check_architecture, check_unet_config, check_unet_folder
 from tiue.compiled import compile_call
 from tiue.decoder import decode_up_block
 from tiue.encoder import encode_down_block, encode_mid_block
-from tiue.errors import ArchitectureError, CheckpointError, InputError
+from tiue.errors import InputError
+from tiue.features import EncoderFeatures, as_timesteps, mask_to_bias
 from tiue.schedule import OnePassSchedule
-from tiue.weights import load_whole
+from tiue.stages import untimed
+from tiue.unet_loading import LoadableUNet
 from tiue_kernels import functional
 from tiue_kernels.layers import is_plain, repeat_rows
 from tiue_kernels.low_rank import weights_of
 
-T = TypeVar("T", bound="TiUEUNet")
 
-_HUB_ARGUMENTS = {
-    "subfolder", "revision", "token", "cache_dir", "local_files_only", "force_download", "proxies"
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class EncoderFeatures:
-    """What the encoder hands to the decoder, all of B rows, shared by every timestep.
-
-    Attributes:
-        hidden: [B, C, h, w], after the mid block.
-        skips: the down blocks' outputs, in the encoder's order, ControlNet residuals added.
-        encoder_hidden_states: the text as cross-attention reads it, [B, L, D] (a tuple with
-            IP-Adapter).
-        attention_mask: [B, 1, keys] bias of self-attention, or None.
-        encoder_attention_mask: [B, 1, L] bias of cross-attention, or None.
-        cross_attention_kwargs: what attention processors are given, and the LoRA `scale`.
-        timestep_cond: [B, D], beside the timestep (guidance embedding), or None.
-        class_embedding: [B, E], or None.
-        added_embedding: [B, E], SDXL's size and pooled text, or None.
-        sample_dtype: of the latents.
-    """
-
-    hidden: torch.Tensor
-    skips: tuple[torch.Tensor, ...]
-    encoder_hidden_states: Any
-    attention_mask: torch.Tensor | None
-    encoder_attention_mask: torch.Tensor | None
-    cross_attention_kwargs: dict[str, Any] | None
-    timestep_cond: torch.Tensor | None
-    class_embedding: torch.Tensor | None
-    added_embedding: torch.Tensor | None
-    sample_dtype: torch.dtype
-
-
-class TiUEUNet(UNet2DConditionModel):
+class TiUEUNet(LoadableUNet):
     """A `UNet2DConditionModel` that runs its encoder once and its decoder for K timesteps.
 
-    Same configuration, same state dict, same `forward` as its parent. The one pass is that of
-    TiUE (Li et al., CVPR 2025, arXiv 2505.21960), with the exact savings of docs/method.md.
+    Same configuration and state dict as its parent, and the same `forward` where no `schedule` is
+    given. The one pass is that of TiUE (Li et al., CVPR 2025, arXiv 2505.21960), with the exact
+    savings of docs/method.md.
 
     Attributes:
         recompute_feed_forward: set it to compute the first product of the decoder's feed-forwards
@@ -76,68 +40,48 @@ class TiUEUNet(UNet2DConditionModel):
 
     recompute_feed_forward = False
 
-    @classmethod
-    def from_pretrained(
-        cls: type[T], pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
-    ) -> T:
-        """Load the weights of any Stable Diffusion UNet; only safetensors are read.
+    def forward(
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor | float,
+        encoder_hidden_states: torch.Tensor,
+        *args: Any,
+        return_dict: bool = True,
+        schedule: OnePassSchedule | None = None,
+        stage: Callable[[str], AbstractContextManager[None]] = untimed,
+        **conditioning: Any,
+    ) -> UNet2DConditionOutput | tuple[torch.Tensor]:
+        """One timestep as the parent computes it; with a schedule, the one pass.
+
+        Guidance may be applied to what the one pass gives as to one model output: both are linear.
 
         Args:
-            pretrained_model_name_or_path: a folder or a hub id.
-            **kwargs: as diffusers' `from_pretrained` (`subfolder`, `torch_dtype`, ...).
+            sample: [B, C, H, W], scaled as the scheduler wants it.
+            timestep: a scalar; with a schedule the encoder's.
+            encoder_hidden_states: [B, L, D], the prompt embeddings.
+            *args: as the parent's, and as `encode`.
+            return_dict: whether to return a `UNet2DConditionOutput` rather than a tuple.
+            schedule: the decoder's timesteps and their coefficients E.
+            stage: names what runs inside the one pass, to time it.
+            **conditioning: as the parent's, and as `encode`.
 
         Returns:
-            The student, in eval mode.
+            [B, C, H, W], differentiable: the model output; with a schedule sum_k E_k eps_k, which
+            S z is to be added to.
 
         Raises:
-            CheckpointError: nothing there, a pickle, or another architecture.
-            ArchitectureError: a UNet without cross-attention.
+            InputError: channels or rows that do not fit.
         """
-        name, subfolder = pretrained_model_name_or_path, kwargs.get("subfolder")
-        check_unet_folder(name, subfolder)
-        hub = {k: kwargs[k] for k in _HUB_ARGUMENTS & kwargs.keys()}
-        kwargs["use_safetensors"] = True
-        try:
-            check_unet_config(name, cls.load_config(name, **hub))
-        except CheckpointError:
-            raise
-        except (OSError, ValueError, RuntimeError) as error:
-            raise CheckpointError(f"no UNet could be loaded from {name}: {error}") from error
-        unet = load_whole(super().from_pretrained, name, "unet", **kwargs)
-        check_architecture(unet)
-        return unet
-
-    @classmethod
-    def from_unet(cls: type[T], unet: UNet2DConditionModel) -> T:
-        """Make a student of a UNet: it shares every module and parameter, nothing is copied.
-
-        Args:
-            unet: any Stable Diffusion UNet, adapters and all.
-
-        Returns:
-            The student, on the same device and in the same mode.
-
-        Raises:
-            ArchitectureError: a UNet without cross-attention, or no `UNet2DConditionModel`.
-        """
-        if not isinstance(unet, UNet2DConditionModel):
-            raise ArchitectureError(
-                f"TiUEUNet is made of a diffusers UNet2DConditionModel, not {type(unet).__name__}"
-            )
-        check_architecture(unet)
-        student = cls.__new__(cls)
-        # The registries are copied so that a module set on one is not set on the other.
-        for name, value in vars(unet).items():
-            registry = type(value) in (dict, OrderedDict, set)
-            student.__dict__[name] = value.copy() if registry else value
-        return student
-
-    def to_json_string(self) -> str:
-        """The configuration as plain diffusers loads it, and without the folder it came from."""
-        config = json.loads(super().to_json_string())
-        config["_class_name"] = UNet2DConditionModel.__name__
-        config.pop("_name_or_path", None)
-        return json.dumps(config, indent=2, sort_keys=True) + "\n"
+        given = (sample, timestep, encoder_hidden_states, *args)
+        if schedule is None:
+            return super().forward(*given, return_dict=return_dict, **conditioning)
+        if not torch.compiler.is_compiling():
+            schedule = schedule.on(sample.device)
+        with stage("encoder"):
+            features = self.encode(*given, **conditioning)
+        with stage("decoder"):
+            noise = self.combined_noise(features, schedule)
+        return UNet2DConditionOutput(sample=noise) if return_dict else (noise,)
 
     @apply_forward_hook
     def encode(
@@ -194,11 +138,11 @@ class TiUEUNet(UNet2DConditionModel):
             encoder_hidden_states,
             class_labels,
             timestep_cond,
-            _mask_to_bias(attention_mask, sample.dtype),
+            mask_to_bias(attention_mask, sample.dtype),
             added_cond_kwargs,
             controlnet,
             list(down_intrablock_additional_residuals or ()),
-            _mask_to_bias(encoder_attention_mask, sample.dtype),
+            mask_to_bias(encoder_attention_mask, sample.dtype),
             cross_attention_kwargs=cross_attention_kwargs,
         )
         # `_encode` sees them without the LoRA scale, which the decoder applies again.
@@ -219,7 +163,7 @@ class TiUEUNet(UNet2DConditionModel):
         Raises:
             InputError: no timestep.
         """
-        timesteps = _as_timesteps(timesteps, features.hidden.device)
+        timesteps = as_timesteps(timesteps, features.hidden.device)
         norm, conv = self.conv_norm_out, self.conv_out
 
         def last(hidden: torch.Tensor) -> torch.Tensor:
@@ -252,16 +196,30 @@ class TiUEUNet(UNet2DConditionModel):
         Returns:
             [B, C, H, W].
         """
+        noise = self.combined_noise(features, schedule)
+        return (schedule.latent_coefficient * latents + noise).to(latents.dtype)
+
+    def combined_noise(self, features: EncoderFeatures, schedule: OnePassSchedule) -> torch.Tensor:
+        """sum_k E_k eps_k: what the K timesteps add to S z, summed before the last convolution.
+
+        Args:
+            features: from `encode`.
+            schedule: timesteps and E.
+
+        Returns:
+            [B, C, H, W].
+        """
         norm, weights = self.conv_norm_out, weights_of(self.conv_out, nn.Conv2d)
         if not self._has_plain_output or weights is None:
-            return schedule.combine(latents, self.decode(features, schedule.timesteps))
+            outputs = self.decode(features, schedule.timesteps)
+            return replace(schedule, latent_coefficient=0.0).combine(outputs[0], outputs)
 
         def last(hidden: torch.Tensor) -> torch.Tensor:
             hidden = functional.timestep_sum_group_norm_silu(
                 *(hidden, schedule.noise_coefficients, norm.num_groups),
                 *(norm.weight, norm.bias, norm.eps),
             )
-            scaled, conv = weights_of(self.conv_out, nn.Conv2d), weights.layer
+            scaled, conv = weights_of(self.conv_out, nn.Conv2d) or weights, weights.layer
             # A product of tensors, at least float32: a number would be read from the device, which
             # the host would wait for.
             dtype = torch.promote_types(conv.bias.dtype, torch.float32)
@@ -269,10 +227,9 @@ class TiUEUNet(UNet2DConditionModel):
             bias = (conv.bias * total).to(conv.bias.dtype)
             return F.conv2d(hidden, scaled.merged(), bias, conv.stride, conv.padding)
 
-        timesteps = _as_timesteps(schedule.timesteps, features.hidden.device)
+        timesteps = as_timesteps(schedule.timesteps, features.hidden.device)
         kwargs = features.cross_attention_kwargs
-        noise = self._decode(features, timesteps, last, cross_attention_kwargs=kwargs)
-        return (schedule.latent_coefficient * latents + noise).to(latents.dtype)
+        return self._decode(features, timesteps, last, cross_attention_kwargs=kwargs)
 
     def predict_noise(
         self,
@@ -298,7 +255,7 @@ class TiUEUNet(UNet2DConditionModel):
         Raises:
             InputError: channels or rows that do not fit, or no timestep.
         """
-        timesteps = _as_timesteps(timesteps, latents.device)
+        timesteps = as_timesteps(timesteps, latents.device)
         features = self.encode(latents, timesteps[0], prompt_embeds, **conditioning)
         return self.decode(features, timesteps)
 
@@ -309,7 +266,7 @@ class TiUEUNet(UNet2DConditionModel):
         prompt_embeds: torch.Tensor,
         **conditioning: Any,
     ) -> torch.Tensor:
-        """The whole pass at inference: scale, encode, decode, combine before `conv_out`.
+        """The whole pass at inference, by one call of the UNet, hooks and all.
 
         Args:
             latents: [B, C, H, W], noise of standard deviation `schedule.init_noise_sigma`.
@@ -325,13 +282,17 @@ class TiUEUNet(UNet2DConditionModel):
         """
         if not torch.compiler.is_compiling():
             schedule = schedule.on(latents.device)
-        model_input = schedule.scale_model_input(latents)
         # Not a decorator: torch.compile would take its arguments for fixed in shape.
         with torch.no_grad():
-            features = self.encode(
-                model_input, schedule.encoder_timestep, prompt_embeds, **conditioning
+            (noise,) = self(
+                schedule.scale_model_input(latents),
+                schedule.encoder_timestep,
+                prompt_embeds,
+                schedule=schedule,
+                return_dict=False,
+                **conditioning,
             )
-            return self.decode_combined(features, latents, schedule)
+            return (schedule.latent_coefficient * latents + noise).to(latents.dtype)
 
     def compile_one_pass(
         self, backend: str | None = None, **options: Any
@@ -477,19 +438,3 @@ class TiUEUNet(UNet2DConditionModel):
                 f"prompt_embeds must be [{sample.shape[0]}, L, D], one row for each of the "
                 f"latents, got {tuple(prompt_embeds.shape)}"
             )
-
-
-def _as_timesteps(timesteps: torch.Tensor | Sequence[float], device: torch.device) -> torch.Tensor:
-    timesteps = torch.as_tensor(timesteps, device=device)
-    if timesteps.ndim != 1 or not len(timesteps):
-        raise InputError(
-            f"timesteps must be [K] with K of at least 1, got shape {tuple(timesteps.shape)}"
-        )
-    return timesteps
-
-
-def _mask_to_bias(mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
-    """[B, keys] of 1 = keep to a [B, 1, keys] bias, with diffusers' -10000 for discard."""
-    if mask is None:
-        return None
-    return ((1 - mask.to(dtype)) * -10000.0).unsqueeze(1)

@@ -10,7 +10,7 @@ from torch import nn
 
 from tiue.compiled.calls import Call
 from tiue.compiled.export import export
-from tiue.compiled.graphs import GraphedCall
+from tiue.compiled.graphs import GraphedCall, Recorder
 from tiue.compiled.openvino import OpenVINOCall
 
 __all__ = ["Call", "GraphedCall", "OpenVINOCall", "compile_call", "export"]
@@ -22,6 +22,7 @@ def compile_call(
     backend: str | None = None,
     max_graphs: int = 8,
     dynamic: bool | None = None,
+    recorder: Recorder | None = None,
     **options: Any,
 ) -> Callable[..., torch.Tensor]:
     """Make the fastest call of a function that runs modules, whose results stay the same.
@@ -38,6 +39,7 @@ def compile_call(
             there, length of the text.
         dynamic: whether one compilation serves every batch and size; torch.compile finds out by
             itself, OpenVINO compiles for one size.
+        recorder: what records the graphs; calls that run one after another share its memory.
         **options: for torch.compile (`mode`, `options`), or `OpenVINOCall` (`max_models`).
 
     Returns:
@@ -52,4 +54,4 @@ def compile_call(
         function = torch.compile(
             function, fullgraph=True, backend=backend, dynamic=dynamic, **options
         )
-    return GraphedCall(function, modules, max_graphs)
+    return GraphedCall(function, modules, max_graphs, recorder)

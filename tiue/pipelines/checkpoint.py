@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +15,56 @@ from tiue.checkpoints import PICKLES, UNET_CLASSES, looks_local, pickle_message
 from tiue.errors import ArchitectureError, CheckpointError
 from tiue.unet import TiUEUNet
 
-SUPPORTED = (
-    "TiUEPipeline runs Stable Diffusion 1.x and 2.x: vae, text_encoder, tokenizer, scheduler and"
-    " a UNet2DConditionModel"
+
+@dataclass(frozen=True)
+class Family:
+    """What the pipelines of one kind are made of.
+
+    Attributes:
+        name: For messages.
+        pipeline: The class that runs them.
+        required: Names of the components that a folder must hold.
+        models: Those of them that have weights.
+        added_conditions: What the UNet may want beside text: its `addition_embed_type`.
+    """
+
+    name: str
+    pipeline: str
+    required: frozenset[str]
+    models: frozenset[str]
+    added_conditions: tuple[str | None, ...]
+
+    @property
+    def supported(self) -> str:
+        """What the pipeline runs, for messages."""
+        parts = ", ".join(sorted(self.required - {"unet"}))
+        return f"{self.pipeline} runs {self.name}: {parts} and a UNet2DConditionModel"
+
+
+STABLE_DIFFUSION = Family(
+    "Stable Diffusion 1.x and 2.x",
+    "TiUEPipeline",
+    frozenset({"vae", "text_encoder", "tokenizer", "unet", "scheduler"}),
+    frozenset({"unet", "vae", "text_encoder"}),
+    (None, "text"),  # "text" pools the prompt itself
 )
-_REQUIRED = {"vae", "text_encoder", "tokenizer", "unet", "scheduler"}
+STABLE_DIFFUSION_XL = Family(
+    "Stable Diffusion XL",
+    "TiUEXLPipeline",
+    STABLE_DIFFUSION.required | {"text_encoder_2", "tokenizer_2"},
+    STABLE_DIFFUSION.models | {"text_encoder_2"},
+    ("text_time",),
+)
+_FAMILIES = (STABLE_DIFFUSION, STABLE_DIFFUSION_XL)
 _OPTIONAL = {"safety_checker", "feature_extractor", "image_encoder"}
-_MODELS = {"unet", "vae", "text_encoder"}
 
 
-def check_local(model: str, given: Collection[str] = ()) -> bool:
+def check_local(model: str, family: Family, given: Collection[str] = ()) -> bool:
     """See, before anything is loaded, that a local name is a folder that the pipeline can load.
 
     Args:
         model: A folder or a hub id.
+        family: What the pipeline runs.
         given: Names of components that the caller has, which the folder need not hold.
 
     Returns:
@@ -38,13 +75,13 @@ def check_local(model: str, given: Collection[str] = ()) -> bool:
     """
     folder = Path(model)
     if folder.is_dir():
-        check_index(model, read_index(folder), given)
-        check_weights(folder, given)
+        check_index(model, read_index(folder), family, given)
+        check_weights(folder, family, given)
         return True
     if folder.is_file():
         raise CheckpointError(
             f"{model} is a file: give a diffusers folder, or load one .safetensors file with"
-            " TiUEPipeline.from_single_file"
+            f" {family.pipeline}.from_single_file"
         )
     if looks_local(model):
         raise CheckpointError(f"there is no folder {model}; give a diffusers folder")
@@ -79,12 +116,15 @@ def read_index(folder: Path) -> dict[str, Any]:
     return index
 
 
-def check_index(model: str, index: dict[str, Any], given: Collection[str] = ()) -> None:
-    """See that a model_index.json names a Stable Diffusion pipeline, before any of it is loaded.
+def check_index(
+    model: str, index: dict[str, Any], family: Family, given: Collection[str] = ()
+) -> None:
+    """See that a model_index.json names a pipeline of a family, before any of it is loaded.
 
     Args:
         model: The folder or hub id, for the message.
         index: The content of model_index.json.
+        family: What it must be of.
         given: Names of components that the caller has, which the folder need not hold.
 
     Raises:
@@ -98,8 +138,8 @@ def check_index(model: str, index: dict[str, Any], given: Collection[str] = ()) 
         for name, value in index.items()
         if isinstance(value, list) and len(value) == 2 and value[1] is not None
     }
-    missing = sorted(_REQUIRED - parts.keys() - set(given))
-    unknown = sorted(parts.keys() - _REQUIRED - _OPTIONAL)
+    missing = sorted(family.required - parts.keys() - set(given))
+    unknown = sorted(parts.keys() - family.required - _OPTIONAL)
     differences = []
     if unknown:
         differences.append(f"has {', '.join(unknown)}")
@@ -108,20 +148,25 @@ def check_index(model: str, index: dict[str, Any], given: Collection[str] = ()) 
     if "unet" in parts.keys() - set(given) and parts["unet"] not in UNET_CLASSES:
         differences.append(f"its unet is a {parts['unet']}")
     if differences:
-        raise CheckpointError(f"{model} is a {kind} ({'; '.join(differences)}). {SUPPORTED}")
+        others = [f for f in _FAMILIES if f.required == parts.keys() - _OPTIONAL]
+        cure = f"; load it with tiue.{others[0].pipeline}" if others and others != [family] else ""
+        raise CheckpointError(
+            f"{model} is a {kind} ({'; '.join(differences)}). {family.supported}{cure}"
+        )
 
 
-def check_weights(folder: Path, given: Collection[str] = ()) -> None:
+def check_weights(folder: Path, family: Family, given: Collection[str] = ()) -> None:
     """See that every model of a folder has its weights in safetensors.
 
     Args:
         folder: A folder in the diffusers layout.
+        family: What it is of.
         given: Names of components that the caller has, which the folder need not hold.
 
     Raises:
         CheckpointError: Weights are absent, or pickled.
     """
-    for name in sorted(_MODELS - set(given)):
+    for name in sorted(family.models - set(given)):
         suffixes = {path.suffix for path in (folder / name).glob("*")}
         if ".safetensors" in suffixes:
             continue
@@ -131,14 +176,18 @@ def check_weights(folder: Path, given: Collection[str] = ()) -> None:
 
 
 def check_parts(
-    unet: TiUEUNet, vae: AutoencoderKL | AutoencoderTiny, text_encoder: CLIPTextModel | None
+    unet: TiUEUNet,
+    vae: AutoencoderKL | AutoencoderTiny,
+    family: Family,
+    *text_encoders: CLIPTextModel | None,
 ) -> None:
-    """See that a UNet, a VAE and a text encoder fit together for text to image.
+    """See that a UNet, a VAE and text encoders fit together for text to image.
 
     Args:
         unet: The student, or any Stable Diffusion UNet.
         vae: The image decoder; its latent channels are the UNet's.
-        text_encoder: None where only `prompt_embeds` will be given.
+        family: What they are to be of.
+        *text_encoders: None where only `prompt_embeds` will be given.
 
     Raises:
         ArchitectureError: They do not fit, or the UNet wants inputs that a prompt does not give.
@@ -147,20 +196,23 @@ def check_parts(
     if unet.config.in_channels != channels or unet.config.out_channels != channels:
         raise ArchitectureError(
             f"the UNet takes {unet.config.in_channels} and gives {unet.config.out_channels}"
-            f" channels, the VAE has {channels}: inpainting and depth UNets are not supported, and"
-            " UNet and VAE must be of one model"
+            f" channels, the VAE has {channels}: UNet and VAE must be of one model; for inpainting,"
+            " InstructPix2Pix and depth UNets, tiue.one_pass takes the diffusers pipeline that they"
+            " are for"
         )
-    if unet.config.addition_embed_type not in (None, "text"):  # "text" pools the prompt itself
+    if unet.config.addition_embed_type not in family.added_conditions:
         raise ArchitectureError(
-            f"the UNet wants added conditions ({unet.config.addition_embed_type}), as SDXL's does."
-            f" {SUPPORTED}; call TiUEUNet.one_pass with added_cond_kwargs for others"
+            f"the UNet wants added conditions of the type {unet.config.addition_embed_type} (SDXL's"
+            f" wants text_time). {family.supported}; tiue.one_pass takes any diffusers pipeline"
         )
-    if text_encoder is None or unet.config.encoder_hid_dim is not None:
+    if None in text_encoders or unet.config.encoder_hid_dim is not None:
         return
     widths = unet.config.cross_attention_dim
     widths = {widths} if isinstance(widths, int) else set(widths)
-    if widths != {text_encoder.config.hidden_size}:
+    # SDXL's UNet reads what its two encoders give side by side.
+    given = sum(encoder.config.hidden_size for encoder in text_encoders if encoder is not None)
+    if widths != {given}:
         raise ArchitectureError(
-            f"the UNet reads text of width {sorted(widths)}, the text encoder gives"
-            f" {text_encoder.config.hidden_size}: take both from one model (SD 1.x: 768, 2.x: 1024)"
+            f"the UNet reads text of width {sorted(widths)}, the text encoders give {given}: take"
+            " all from one model (SD 1.x: 768, 2.x: 1024, XL: 2048)"
         )

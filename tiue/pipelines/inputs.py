@@ -2,103 +2,259 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+import logging
+from collections.abc import Callable, Mapping
+from numbers import Integral
 from typing import Any
 
 import torch
-from diffusers.utils.torch_utils import randn_tensor
 
 from tiue.errors import InputError
 
+_log = logging.getLogger(__name__)
+_told: set[str] = set()
 
-def prompt_lists(
-    prompt: str | list[str] | None,
-    negative_prompt: str | list[str] | None,
-    prompt_embeds: Any,
-    config: Mapping[str, Any],
-) -> tuple[list[str] | None, list[str] | None, int]:
-    """Make lists of the prompts.
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+# Where diffusers' defaults are for many steps.
+DEFAULTS = {"num_inference_steps": 1, "guidance_scale": 1.0, "gligen_scheduled_sampling_beta": 1.0}
+
+_NO_STEPS = (
+    "one pass has no steps to choose; num_decoder_steps is the decoder's number of timesteps"
+)
+_NO_FRACTION = "one pass is one step, of which no part can be left out"
+# Arguments of a loop: the values that mean nothing to the one pass, and why others have no answer.
+_OF_STEPS: dict[str, tuple[tuple[Any, ...], str]] = {
+    "num_inference_steps": ((1,), _NO_STEPS),
+    "timesteps": ((None,), _NO_STEPS),
+    "sigmas": ((None,), _NO_STEPS),
+    "eta": ((0,), "one pass draws no noise at its steps"),
+    "denoising_start": ((None,), _NO_FRACTION),
+    "denoising_end": ((None,), _NO_FRACTION),
+    "control_guidance_start": ((0,), _NO_FRACTION),
+    "control_guidance_end": ((1,), _NO_FRACTION),
+    "adapter_conditioning_factor": ((0, 1), _NO_FRACTION),
+    "gligen_scheduled_sampling_beta": ((0, 1), _NO_FRACTION),
+}
+
+
+def bind(
+    call: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The arguments of a call of a diffusers pipeline, by name, with the one pass's defaults.
 
     Args:
-        prompt: One prompt, a list, or None where there are embeddings.
-        negative_prompt: One text for all prompts, a list, or None.
-        prompt_embeds: [prompts, L, D], or None.
-        config: The UNet's configuration.
+        call: The pipeline's own call.
+        args: What was given by place.
+        kwargs: What was given by name.
 
     Returns:
-        The prompts, the negative prompts, and how many there are.
+        Every argument.
 
     Raises:
-        InputError: No prompts, something that is no text, lists of different lengths, or
-            embeddings of another width than the UNet's.
+        InputError: An argument that has no meaning in one pass.
+        TypeError: One that the pipeline does not take.
     """
-    prompts = [prompt] if isinstance(prompt, str) else prompt
-    if prompts is not None:
-        if not prompts or not all(isinstance(text, str) for text in prompts):
+    signature = inspect.signature(call)
+    bound = signature.bind(*args, **kwargs)
+    for name, value in DEFAULTS.items():
+        if name in signature.parameters:
+            bound.arguments.setdefault(name, value)
+    bound.apply_defaults()
+    arguments = dict(bound.arguments)
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:  # diffusers' place for names that are no more
+            unknown = arguments.pop(name)
+            if unknown.keys() - {"callback", "callback_steps"}:
+                raise TypeError(f"the call of a pipeline takes no {', '.join(sorted(unknown))}")
+            arguments |= unknown
+    for name, (neutral, why) in _OF_STEPS.items():
+        given = arguments.get(name, neutral[0])
+        if any(value not in neutral for value in (given if isinstance(given, list) else [given])):
+            raise InputError(f"{name}={given!r}: {why}. Leave {name} out")
+    return arguments
+
+
+def documented(call: Callable[..., Any], theirs: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a pipeline's call the signature and the words of diffusers' own, where they hold.
+
+    Args:
+        call: The one pass's, with arguments of its own by name.
+        theirs: diffusers'.
+
+    Returns:
+        `call`.
+    """
+    kept, by_place = [], True
+    for parameter in inspect.signature(theirs).parameters.values():
+        if parameter.name in _OF_STEPS:
+            by_place = False  # what follows is given by name: a place would be another argument's
+            continue
+        if parameter.kind is parameter.VAR_KEYWORD:
+            continue
+        if parameter.name in DEFAULTS:
+            parameter = parameter.replace(default=DEFAULTS[parameter.name])
+        kept.append(parameter if by_place else parameter.replace(kind=parameter.KEYWORD_ONLY))
+    own = inspect.signature(call).parameters.values()
+    kept += [parameter for parameter in own if parameter.kind is parameter.KEYWORD_ONLY]
+    call.__signature__ = inspect.Signature(kept)  # type: ignore[attr-defined]
+    call.__doc__ = f"""One pass, driven by diffusers' own call, whose arguments these are.
+
+    Args:
+        num_decoder_steps: K, the timesteps that the decoder runs at, in one batch; by default the
+            pipeline's.
+        guidance_scale: Classifier-free guidance where above 1, for weights that were not distilled;
+            it doubles the rows.
+        strength: Where the pipeline has it: the part of the noise levels that the K timesteps are
+            spread over.
+        skip_below: Lossy. Leave out the timesteps whose weight |E_k| is under this bound; with
+            K = 4 the last weighs 0.0121 and takes a fourth of the decoder's rows.
+
+    Raises:
+        InputError: An argument is of the wrong value, shape or type, or has no meaning in one pass
+            ({", ".join(_OF_STEPS)}).
+        SchedulerError: `scheduler` has no one pass.
+        NonFiniteError: The images hold NaN or infinity ("pil" and "np", where they are read).
+
+    The arguments of diffusers' own call:
+    {theirs.__doc__ or ""}"""
+    return call
+
+
+def check(arguments: dict[str, Any], unet: Any, vae: Any, factor: int) -> None:
+    """See that a call's arguments are right, and bring them to one form in place.
+
+    Prompts become lists; without a picture that gives the size, height and width are filled in.
+
+    Args:
+        arguments: From `bind`.
+        unet: The student.
+        vae: Its image decoder.
+        factor: Pixels a latent, each way.
+
+    Raises:
+        InputError: An argument is of the wrong value, shape or type; the message says which.
+    """
+    output_type = arguments.get("output_type", "pil")
+    if output_type not in OUTPUT_TYPES:
+        raise InputError(f"output_type must be one of {OUTPUT_TYPES}, got {output_type!r}")
+    images = arguments.get("num_images_per_prompt", 1)
+    if images is None:
+        images = arguments["num_images_per_prompt"] = 1
+    if not _is_whole(images) or images < 1:
+        raise InputError(f"num_images_per_prompt must be a whole number >= 1, got {images!r}")
+    rows = _check_prompts(arguments, unet.config)
+    rows = None if rows is None else rows * images
+    _check_sizes(arguments, rows, unet.config, vae.config.latent_channels, factor)
+    if isinstance(arguments.get("latents"), torch.Tensor):
+        arguments["latents"] = arguments["latents"].to(unet.dtype)
+    generator = arguments.get("generator")
+    if isinstance(generator, (list, tuple)):
+        generator = arguments["generator"] = list(generator)
+        if rows is not None and len(generator) != rows:
+            raise InputError(f"{len(generator)} generators for {rows} images: give each its own")
+    elif generator is not None and not isinstance(generator, torch.Generator):
+        raise InputError(f"generator must be a torch.Generator or a list, got {generator!r}")
+
+
+def _check_prompts(arguments: dict[str, Any], config: Mapping[str, Any]) -> int | None:
+    """How many prompts there are; None where the pipeline's own check must say what is wrong."""
+    prompt, embeds = arguments.get("prompt"), arguments.get("prompt_embeds")
+    if isinstance(prompt, str):
+        prompt = arguments["prompt"] = [prompt]
+    if isinstance(prompt, list):
+        if not prompt or not all(isinstance(text, str) for text in prompt):
             raise InputError(f"prompt must be a text or a list of at least one, got {prompt!r}")
-        count = len(prompts)
-    else:
+        count = len(prompt)
+    elif isinstance(embeds, torch.Tensor):
         width = config["encoder_hid_dim"] or config["cross_attention_dim"]
-        fits = prompt_embeds.ndim == 3 and width in (prompt_embeds.shape[-1], None)
+        fits = embeds.ndim == 3 and width in (embeds.shape[-1], None)
         if not fits and isinstance(width, int):
             raise InputError(
                 f"prompt_embeds must be [prompts, tokens, {width}] for this UNet, got"
-                f" {list(prompt_embeds.shape)}"
+                f" {list(embeds.shape)}"
             )
-        count = prompt_embeds.shape[0]
-    if isinstance(negative_prompt, str):
-        negative_prompt = [negative_prompt] * count
-    if negative_prompt is not None and len(negative_prompt) != count:
+        count = embeds.shape[0]
+    else:
+        return None
+    negative = arguments.get("negative_prompt")
+    if isinstance(negative, str):
+        negative = arguments["negative_prompt"] = [negative] * count
+    if negative is not None and len(negative) != count:
         raise InputError(
-            f"{len(negative_prompt)} negative prompts for {count} prompts: give one text for all,"
+            f"{len(negative)} negative prompts for {count} prompts: give one text for all,"
             " or one for each"
         )
-    return prompts, negative_prompt, count
+    if any(negative or ()) and not arguments.get("guidance_scale", 1.0) > 1.0:
+        _tell_once(
+            "negative_prompt has no effect without guidance: set guidance_scale above 1. Said once."
+        )
+    return count
+
+
+def _check_sizes(
+    arguments: dict[str, Any],
+    rows: int | None,
+    config: Mapping[str, Any],
+    channels: int,
+    factor: int,
+) -> None:
+    sizes = [name for name in ("height", "width") if name in arguments]
+    # A picture among the arguments gives the size; `image` and `mask_image` are diffusers' names.
+    if len(sizes) < 2 or "image" in arguments:
+        for name in sizes:
+            if arguments[name] is not None:
+                _latent_size(name, arguments[name], None, factor)
+        return
+    height, width, latents = (arguments.get(name) for name in ("height", "width", "latents"))
+    shape = latent_shape(rows, config["sample_size"], channels, factor, height, width, latents)
+    arguments["height"], arguments["width"] = (size * factor for size in shape)
 
 
 def latent_shape(
-    rows: int,
-    config: Mapping[str, Any],
+    rows: int | None,
+    sample_size: int | tuple[int, int] | None,
+    channels: int,
     factor: int,
     height: int | None,
     width: int | None,
-    latents: torch.Tensor | None,
-) -> tuple[int, int, int, int]:
-    """Find the latents' shape from sizes in pixels, given latents, or the UNet's own size.
+    latents: torch.Tensor | None = None,
+) -> tuple[int, int]:
+    """Find the latents' height and width from sizes in pixels, given latents, or the UNet's own.
 
     Args:
-        rows: Images to make.
-        config: The UNet's configuration.
+        rows: Images to make; None where that is not known.
+        sample_size: The UNet's own size.
+        channels: Of the latents.
         factor: Pixels a latent, each way.
         height: Pixels, or None.
         width: Pixels, or None.
         latents: [rows, C, h, w], or None.
 
     Returns:
-        rows, C, h, w.
+        h, w.
 
     Raises:
         InputError: Latents of another shape, or sizes that no latents have.
     """
-    channels, own = config["in_channels"], config["sample_size"]
+    own = sample_size
     if latents is not None:
-        if latents.ndim != 4 or latents.shape[:2] != (rows, channels):
+        fits = latents.ndim == 4 and latents.shape[1] == channels
+        if not fits or latents.shape[0] != (rows or latents.shape[0]):
             raise InputError(
                 f"latents must be [{rows}, {channels}, height, width] (prompts x images a prompt,"
-                f" the UNet's channels), got {list(latents.shape)}"
+                f" the VAE's channels), got {list(latents.shape)}"
             )
-        own = tuple(latents.shape[2:])
-    sizes = own if isinstance(own, (tuple, list)) else (own, own)
-    own_height, own_width = sizes
+        own = (latents.shape[2], latents.shape[3])
+    own_height, own_width = own if isinstance(own, (tuple, list)) else (own, own)
     shape = (
-        rows,
-        channels,
         _latent_size("height", height, own_height, factor),
         _latent_size("width", width, own_width, factor),
     )
-    if latents is not None and latents.shape != shape:
+    if latents is not None and latents.shape[2:] != shape:
         raise InputError(
-            f"height and width ask for latents {list(shape)}, given are {list(latents.shape)}:"
+            f"height and width ask for latents of {list(shape)}, given are {list(latents.shape)}:"
             " leave height and width out"
         )
     return shape
@@ -109,6 +265,8 @@ def _latent_size(name: str, pixels: int | None, own: int | None, factor: int) ->
         if own is None:
             raise InputError(f"this UNet has no size of its own: give {name} in pixels")
         return own
+    if not _is_whole(pixels):
+        raise InputError(f"{name} must be a whole number of pixels, got {pixels!r}")
     size = max(1, pixels // factor)
     if pixels != size * factor:
         raise InputError(
@@ -118,29 +276,11 @@ def _latent_size(name: str, pixels: int | None, own: int | None, factor: int) ->
     return size
 
 
-def draw_noise(
-    shape: tuple[int, ...],
-    generator: torch.Generator | list[torch.Generator] | None,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    """Draw the initial latents.
+def _tell_once(message: str) -> None:
+    if message not in _told:
+        _told.add(message)
+        _log.warning(message)
 
-    Args:
-        shape: Of the latents.
-        generator: Source of the noise; a list gives each image its own.
-        device: Where the noise is wanted; it is drawn on the generator's device.
-        dtype: Floating point type.
 
-    Returns:
-        Noise of standard deviation 1.
-
-    Raises:
-        InputError: Another number of generators than images, or a GPU's generator for the CPU.
-    """
-    if isinstance(generator, list) and len(generator) != shape[0]:
-        raise InputError(f"{len(generator)} generators for {shape[0]} images: give each its own")
-    try:
-        return randn_tensor(shape, generator=generator, device=device, dtype=dtype)
-    except ValueError as error:
-        raise InputError(str(error)) from error
+def _is_whole(number: Any) -> bool:
+    return isinstance(number, Integral)  # numpy's too

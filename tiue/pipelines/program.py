@@ -14,7 +14,6 @@ from tiue.compiled import Call, export
 from tiue.compiled.openvino import convert, import_openvino
 from tiue.errors import InputError, OutputError
 from tiue.pipelines import inputs
-from tiue.pipelines.drawing import draw
 from tiue.pipelines.pipeline_tiue import TiUEPipeline
 from tiue.schedule import OnePassSchedule
 
@@ -46,18 +45,19 @@ def export_pipeline(
         InputError: A size that the VAE's factor does not divide.
     """
     unet, vae = pipe.unet, pipe.vae
-    shape = inputs.latent_shape(
-        batch, unet.config, pipe.vae_scale_factor, height, width, latents=None
+    channels = vae.config.latent_channels
+    sizes = inputs.latent_shape(
+        batch, unet.config.sample_size, channels, pipe.vae_scale_factor, height, width
     )
     schedule = OnePassSchedule.from_scheduler(pipe.scheduler, num_decoder_steps)
     tokens, width_of_text = pipe.tokenizer.model_max_length, pipe.text_encoder.config.hidden_size
 
     def pictures(noise: torch.Tensor, prompt_embeds: torch.Tensor) -> torch.Tensor:
-        noise = noise * schedule.init_noise_sigma
-        images = draw(unet, vae, noise, prompt_embeds, schedule, None, True, {})
+        latents = unet.one_pass(noise * schedule.init_noise_sigma, schedule, prompt_embeds)
+        images = vae.decode(latents / vae.config.scaling_factor, return_dict=False)[0]
         return (images / 2 + 0.5).clamp(0, 1)
 
-    noise = torch.zeros(shape, dtype=unet.dtype)
+    noise = torch.zeros(batch, channels, *sizes, dtype=unet.dtype)
     text = torch.zeros(batch, tokens, width_of_text, dtype=unet.dtype)
     return export(pictures, [unet, vae], Call.of((noise, text), {}), dynamic)
 

@@ -55,9 +55,12 @@ def test_one_graph_a_kind_of_call_and_the_same_pictures(recorder, vae: str) -> N
     for _ in range(2):
         for name, call in CALLS.items():
             np.testing.assert_array_equal(draw(pipe, **call), eager[name])
-    assert len(recorder.recorded) == len(CALLS)
+    # A graph of the UNet for each kind, and of the VAE for each batch and size among them.
+    assert len(recorder.recorded) == len(CALLS) + 3
+    draw(pipe, guidance_scale=4.0)
+    assert len(recorder.recorded) == len(CALLS) + 3
     latents = draw(pipe, output_type="latent")
-    pipe._drawing = None
+    pipe._compiled = None
     assert torch.equal(draw(pipe, output_type="latent"), latents)
 
 
@@ -103,7 +106,7 @@ def test_the_stages_of_a_compiled_pipeline(recorder) -> None:
     pipe = make().compile()
     with pipe.record_timings() as timings:
         draw(pipe)
-    assert list(timings) == ["text encoder", "one pass"]
+    assert list(timings) == ["text encoder", "one pass", "VAE"]
 
 
 def embedded_pictures(backend: str | None) -> np.ndarray:

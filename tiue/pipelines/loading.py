@@ -1,0 +1,162 @@
+"""Pipelines of one family made of a folder, a hub id, a single file, or a pipeline in memory."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, UNet2DConditionModel
+from safetensors import SafetensorError
+
+from tiue.checkpoints import pickle_message
+from tiue.errors import CheckpointError, InputError, TiUEError
+from tiue.pipelines import checkpoint
+from tiue.pipelines.one_pass import OnePass
+from tiue.pipelines.scheduler import with_one_pass
+from tiue.unet import TiUEUNet
+from tiue.weights import check_classes, load_models
+
+_HUB_ARGUMENTS = ("cache_dir", "force_download", "proxies", "token", "local_files_only", "revision")
+
+
+class LoadableOnePass(OnePass):
+    """The part of `TiUEPipeline` and `TiUEXLPipeline` that loads.
+
+    Attributes:
+        family: what their folders hold.
+    """
+
+    family: checkpoint.Family
+    _optional_components: list[str]
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
+    ) -> Any:
+        """Load a pipeline of the same family, distilled or not, from safetensors.
+
+        A scheduler in the folder that has no one pass (PNDM, which Stable Diffusion ships with, or
+        one that draws noise) is replaced by DDIM with the same noise levels, with a warning; that
+        is the scheduler of the method. One that is handed in as `scheduler=` is left as it is.
+
+        Args:
+            pretrained_model_name_or_path: A folder in the diffusers layout, or a hub id.
+            **kwargs: As in diffusers (`torch_dtype`, `variant`, `revision`, ...), components
+                (`unet=TiUEUNet.from_pretrained(...)`) among them.
+
+        Returns:
+            The pipeline, on the CPU.
+
+        Raises:
+            CheckpointError: Missing, incomplete, pickled, or of another architecture.
+            ArchitectureError: The one pass cannot be formed of the UNet.
+        """
+        model = os.fspath(pretrained_model_name_or_path)
+        if not kwargs.setdefault("use_safetensors", True):
+            raise InputError("use_safetensors=False: only safetensors are loaded; leave it out")
+        try:
+            hub = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
+            is_local = checkpoint.check_local(model, cls.family, kwargs)
+            index = cls.load_config(model, **hub)
+            if not is_local:
+                checkpoint.check_index(model, index, cls.family, kwargs)
+            check_classes(model, index, kwargs)
+            if "safety_checker" in cls._optional_components:
+                kwargs.setdefault("safety_checker", None)
+            folder = model if is_local else cls.download(model, **kwargs)
+            kwargs |= load_models(Path(folder), index, kwargs)
+            pipe = super().from_pretrained(model, **kwargs)
+        except TiUEError:
+            raise
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise CheckpointError(
+                f"cannot load {model} as a {cls.family.name} pipeline: {error}"
+            ) from error
+        if "scheduler" not in kwargs:
+            pipe.scheduler = with_one_pass(pipe.scheduler)
+        return pipe
+
+    @classmethod
+    def from_single_file(
+        cls, pretrained_model_link_or_path: str | os.PathLike[str], **kwargs: Any
+    ) -> Any:
+        """Load a Stable Diffusion checkpoint that is one .safetensors file.
+
+        Args:
+            pretrained_model_link_or_path: The file or its link.
+            **kwargs: As in diffusers.
+
+        Returns:
+            The pipeline, on the CPU.
+
+        Raises:
+            CheckpointError: The file is a pickle.
+        """
+        model = os.fspath(pretrained_model_link_or_path)
+        if not model.endswith(".safetensors"):
+            raise CheckpointError(pickle_message(model))
+        pipe = super().from_single_file(model, **kwargs)
+        if "scheduler" not in kwargs:
+            pipe.scheduler = with_one_pass(pipe.scheduler)
+        return pipe
+
+    @classmethod
+    def from_pipe(
+        cls,
+        pipeline: DiffusionPipeline,
+        torch_dtype: torch.dtype | None = None,
+        **components: Any,
+    ) -> Any:
+        """Make a pipeline of another one's components; nothing is copied.
+
+        Args:
+            pipeline: A pipeline of the same family, in one pass or not.
+            torch_dtype: Type to bring the shared components to; by default they stay as they are
+                (diffusers' own `from_pipe` makes them float32).
+            **components: Components to take in the place of the pipeline's. A scheduler is left as
+                it is; the pipeline's own is replaced by DDIM where it has no one pass, here only.
+
+        Returns:
+            The pipeline.
+
+        Raises:
+            CheckpointError: The pipeline is of another architecture.
+            ArchitectureError: The one pass cannot be formed of the UNet.
+        """
+        name = f"the pipeline {pipeline.name_or_path or ''}".strip()
+        index = json.loads(pipeline.to_json_string())
+        checkpoint.check_index(name, index, cls.family, components)
+        pipe = cls(**pipeline.components | components)
+        if "scheduler" not in components:
+            pipe.scheduler = with_one_pass(pipe.scheduler)
+        return pipe if torch_dtype is None else pipe.to(dtype=torch_dtype)
+
+    @classmethod
+    def load_config(cls, *args: Any, **kwargs: Any) -> Any:
+        """The parent's reading of a model_index.json; a student stands under its diffusers name."""
+        result = super().load_config(*args, **kwargs)
+        index = result[0] if isinstance(result, tuple) else result
+        if index.get("unet", [None])[-1] == TiUEUNet.__name__:
+            index["unet"] = ["diffusers", UNet2DConditionModel.__name__]
+        return result
+
+    def load_lora_weights(self, *args: Any, **kwargs: Any) -> None:
+        """As in diffusers; nothing of a LoRA that does not fit stays behind.
+
+        Raises:
+            CheckpointError: It was made for a model of other sizes.
+        """
+        try:
+            super().load_lora_weights(*args, **kwargs)
+        except RuntimeError as error:
+            lines = [line.strip() for line in str(error).splitlines()]
+            mismatches = [line for line in lines if line.startswith("size mismatch")]
+            if not mismatches:
+                raise
+            raise CheckpointError(
+                "this LoRA was made for a model of other sizes (SD 1.x, SD 2.x and SDXL differ):"
+                f" {mismatches[0]}"
+            ) from error

@@ -1,0 +1,97 @@
+"""Students made of diffusers UNets, in a folder, on the hub or in memory, and saved as such."""
+
+import json
+import os
+from collections import OrderedDict
+from typing import Any, TypeVar
+
+from diffusers import UNet2DConditionModel
+
+from tiue.checkpoints import (
+    check_architecture,
+    check_is_unet,
+    check_unet_config,
+    check_unet_folder,
+)
+from tiue.errors import CheckpointError
+from tiue.weights import load_whole
+
+T = TypeVar("T", bound="LoadableUNet")
+
+_HUB_ARGUMENTS = {
+    "subfolder", "revision", "token", "cache_dir", "local_files_only", "force_download", "proxies"
+}  # fmt: skip
+
+
+class LoadableUNet(UNet2DConditionModel):
+    """The part of `TiUEUNet` that loads and saves: weights and configuration are diffusers' own."""
+
+    @classmethod
+    def from_pretrained(
+        cls: type[T], pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
+    ) -> T:
+        """Load the weights of any Stable Diffusion UNet; only safetensors are read.
+
+        Args:
+            pretrained_model_name_or_path: a folder or a hub id.
+            **kwargs: as diffusers' `from_pretrained` (`subfolder`, `torch_dtype`, ...).
+
+        Returns:
+            The student, in eval mode.
+
+        Raises:
+            CheckpointError: nothing there, a pickle, or another architecture.
+            ArchitectureError: a UNet without cross-attention.
+        """
+        name, subfolder = pretrained_model_name_or_path, kwargs.get("subfolder")
+        check_unet_folder(name, subfolder)
+        hub = {k: kwargs[k] for k in _HUB_ARGUMENTS & kwargs.keys()}
+        kwargs["use_safetensors"] = True
+        try:
+            check_unet_config(name, cls.load_config(name, **hub))
+        except CheckpointError:
+            raise
+        except (OSError, ValueError, RuntimeError) as error:
+            raise CheckpointError(f"no UNet could be loaded from {name}: {error}") from error
+        unet = load_whole(super().from_pretrained, name, "unet", **kwargs)
+        check_architecture(unet)
+        return unet
+
+    @classmethod
+    def from_unet(cls: type[T], unet: UNet2DConditionModel) -> T:
+        """Make a student of a UNet: it shares every module and parameter, nothing is copied.
+
+        Args:
+            unet: any Stable Diffusion UNet, adapters and all.
+
+        Returns:
+            The student, on the same device and in the same mode.
+
+        Raises:
+            ArchitectureError: a UNet without cross-attention, one that something is wrapped around,
+                or no `UNet2DConditionModel`.
+        """
+        check_is_unet(unet)
+        check_architecture(unet)
+        return _shared(unet, cls)
+
+    def to_unet(self) -> UNet2DConditionModel:
+        """A plain UNet of the student: it shares every module and parameter, nothing is copied."""
+        return _shared(self, UNet2DConditionModel)
+
+    def to_json_string(self) -> str:
+        """The configuration as plain diffusers loads it, and without the folder it came from."""
+        config = json.loads(super().to_json_string())
+        config["_class_name"] = UNet2DConditionModel.__name__
+        config.pop("_name_or_path", None)
+        return json.dumps(config, indent=2, sort_keys=True) + "\n"
+
+
+def _shared(unet: UNet2DConditionModel, cls: Any) -> Any:
+    """A model of another class with the same modules and parameters."""
+    shared = cls.__new__(cls)
+    # The registries are copied so that a module set on one is not set on the other.
+    for name, value in vars(unet).items():
+        registry = type(value) in (dict, OrderedDict, set)
+        shared.__dict__[name] = value.copy() if registry else value
+    return shared
