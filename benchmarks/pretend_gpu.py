@@ -22,12 +22,10 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-import triton
 from torch._prims_common import suggest_memory_format
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from triton.runtime.interpreter import InterpretedFunction
 
 import tiue_kernels.cuda
 from benchmarks.problem import size
@@ -204,6 +202,8 @@ class PretendGpu(TorchDispatchMode):
 @contextmanager
 def _pretended(record: Callable[..., None]) -> Iterator[None]:
     """Torch and Triton as on a machine with an H100 and without the compiled library."""
+    from triton.runtime.interpreter import InterpretedFunction
+    from triton.runtime.jit import JITFunction
 
     def run(kernel: Any, *args: Any, grid: Any, warmup: bool = False, **kwargs: Any) -> None:
         if callable(grid):
@@ -232,7 +232,7 @@ def _pretended(record: Callable[..., None]) -> Iterator[None]:
             (FakeTensor, "__getitem__", _get_item),
             (FakeTensor, "__setitem__", lambda x, index, value: _copy(_get_item(x, index), value)),
             (FakeTensor, "copy_", _copy),
-            (triton.runtime.jit.JITFunction, "run", run),
+            (JITFunction, "run", run),
             (InterpretedFunction, "run", run),
         ):
             stack.enter_context(mock.patch.object(target, name, value, create=True))

@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from benchmarks import multiply_adds, plots
+from benchmarks import bench_host, counted, launches, multiply_adds, plots
 from benchmarks.configs import COUNTED
 from benchmarks.markdown import seconds, table
 from benchmarks.rivals import FORMS
@@ -229,6 +229,52 @@ def pipeline_section(results: list[Result]) -> Iterator[str]:
         yield table(header, rows)
 
 
+def _compared(name: str, folder: Path) -> Iterator[tuple[str, Result]]:
+    """A counted result and the one that it is held against, each with what to call it."""
+    for stem, label in ((f"{name}_before", "Before"), (name, "Now")):
+        if result := counted.read_result(stem, folder):
+            yield f"{label}: commit {result['commit']}, torch {result['torch']}.", result
+
+
+def launches_section(folder: Path) -> Iterator[str]:
+    """Kernels and bytes of every form, before and now."""
+    yield (
+        "One pass at fp16, B = 1, K = 4, recorded on tensors without data "
+        "(`python -m benchmarks.launches`); bytes in GB (10^9), every kernel's inputs read once "
+        "and its outputs written once. cuDNN's own conversions of layouts are not counted."
+    )
+    found = list(_compared("launches", folder))
+    if not found:
+        yield NOT_MEASURED
+    for label, result in found:
+        for model, forms in result["models"].items():
+            yield f"{label} {model}:"
+            yield table(launches.HEADER, launches.rows(forms))
+    if found:
+        _, result = found[-1]
+        for layout in launches.LAYOUTS:
+            entry = result["models"].get("sd15", {}).get(OURS, {}).get(layout, {})
+            if lines := launches.kind_rows(entry):
+                yield f"Kinds of kernels of `{OURS}`, sd15, {layout}:"
+                yield table(launches.KIND_HEADER, lines)
+
+
+def host_section(folder: Path) -> Iterator[str]:
+    """What the host takes for a pass and an operator, before and now."""
+    yield (
+        "Processor time of one thread with channels so few that computing takes next to nothing "
+        "(`python -m benchmarks.bench_host`): sd15's layers at 32 channels, eager, on a CPU; and "
+        "operators down to Triton's launch with a driver that does nothing, on a published size."
+    )
+    found = list(_compared("host", folder))
+    if not found:
+        yield NOT_MEASURED
+    for label, result in found:
+        yield label
+        yield table(bench_host.PASS_HEADER, bench_host.pass_rows(result))
+        yield table(bench_host.OPERATOR_HEADER, bench_host.operator_rows(result))
+
+
 def gpu_section(gpus: list[Result], folder: Path) -> Iterator[str]:
     """Rooflines, and where the operators' figures are."""
     if not gpus:
@@ -263,13 +309,16 @@ def losses(results: list[Result], gpus: list[Result]) -> Iterator[str]:
                     )
 
 
-def performance_page(results: list[Result], gpus: list[Result], folder: Path) -> str:
+def performance_page(
+    results: list[Result], gpus: list[Result], folder: Path, counted_folder: Path = counted.FOLDER
+) -> str:
     """Return docs/performance.md, its plots drawn.
 
     Args:
         results: What `load` yields.
         gpus: What `load_gpu` returns.
         folder: Of the images.
+        counted_folder: Of the results of `benchmarks.launches` and `benchmarks.bench_host`.
 
     Returns:
         The page as Markdown.
@@ -289,6 +338,8 @@ def performance_page(results: list[Result], gpus: list[Result], folder: Path) ->
             f"### {model}, {size} x {size} latents",
             table(multiply_adds.HEADER, multiply_adds.rows(model, size)),
         ]
+    parts += ["## Kernels and bytes on a GPU, without one", *launches_section(counted_folder)]
+    parts += ["## What the host does", *host_section(counted_folder)]
     parts += ["## One pass", *race_section(results, "bench_one_pass")]
     drawn = plots.draw_times(one_pass_rows(results), folder)
     parts += [
@@ -348,11 +399,11 @@ def readme_block(results: list[Result]) -> str:
                 ]
             )
     header = ["one pass", "device", "published form", "the same in OpenVINO", "TiUE", "speedup"]
-    return "\n\n".join([table(header, rows) if rows else NOTHING, counted()])
+    return "\n\n".join([table(header, rows) if rows else NOTHING, multiply_adds_sentence()])
 
 
 @cache
-def counted() -> str:
+def multiply_adds_sentence() -> str:
     """One sentence on multiply-adds."""
     totals = {
         form: sum(part.total for part in multiply_adds.count(form, "sd21").values())
@@ -396,7 +447,7 @@ def main(root: Path = ROOT) -> None:
     results, gpus = list(load(folder)), load_gpu(folder)
     readme = root / "README.md"
     new_readme = replace_block(readme.read_text(encoding="utf-8"), readme_block(results))
-    page = performance_page(results, gpus, root / "docs" / "images")
+    page = performance_page(results, gpus, root / "docs" / "images", folder / "counted")
     (root / "docs" / "performance.md").write_text(page, encoding="utf-8")
     readme.write_text(new_readme, encoding="utf-8")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import multiply_adds, plots, report
+from benchmarks import counted, multiply_adds, plots, report
 
 MACHINE = {"device": "Some CPU, 2 cores", "torch": "2.13.0"}
 
@@ -79,6 +79,7 @@ def test_without_results_every_section_says_so(root: Path) -> None:
     for title in (
         *("One pass", "Against K, batch and resolution", "Blocks", "Training step"),
         *("The embedded model", "GPU", "Where we lose"),
+        *("Kernels and bytes on a GPU, without one", "What the host does"),
     ):
         assert report.NOT_MEASURED in section(text, title)
     assert report.NOTHING in (root / "README.md").read_text()
@@ -86,6 +87,30 @@ def test_without_results_every_section_says_so(root: Path) -> None:
     counted = section(text, "Multiply-adds, without a clock")
     for words in multiply_adds.rows("tiny", 8):
         assert f"| {' | '.join(words)} |" in counted
+
+
+def test_what_is_counted_stands_beside_what_it_was(root: Path) -> None:
+    folder = root / "benchmarks" / "results" / "counted"
+    entry = {"kernels": 1234, "read": 2e9, "written": 1e9, "kinds": {"copy": [34, 1.5e9]}}
+    for name, commit, kernels in (("launches_before", "old", 1234), ("launches", "new", 999)):
+        layouts = {"nchw": entry | {"kernels": kernels}, "nhwc": {"reason": "refused"}}
+        figures = {"models": {"sd15": {"tiue": layouts}}}
+        counted.write_result(folder / f"{name}.json", figures, commit)
+    host = {"passes": {"published": 0.08, "tiue": 0.06}, "operators": {"geglu": {"eager": 1e-5}}}
+    counted.write_result(folder / "host.json", host, "new")
+
+    text = page(root)
+    kernels = section(text, "Kernels and bytes on a GPU, without one")
+    before, now = kernels.split("Now: commit new")
+    assert "| tiue | nchw | 1,234 | 2.00 | 1.00 | 3.00 |" in before
+    assert "commit old" in before
+    assert "| tiue | nchw | 999 | 2.00 | 1.00 | 3.00 |" in now
+    assert "| tiue | nhwc | refused |" in now
+    assert "| copy | 34 | 1.50 |" in now
+    hosts = section(text, "What the host does")
+    assert "| tiue | 60.0 ms | 0.75 x |" in hosts
+    assert "| geglu | 10 µs |  |  |  |" in hosts
+    assert "Before" not in hosts
 
 
 def test_one_pass(root: Path) -> None:
