@@ -41,7 +41,7 @@ def load_golden(name: str, dtype: torch.dtype) -> GoldenCase:
     expected = load_file(folder / "expected.safetensors")
     return GoldenCase(
         folder=folder,
-        unet=TiUEUNet.from_pretrained(folder, torch_dtype=dtype),
+        unet=TiUEUNet.from_pretrained(folder, dtype=dtype),
         schedule=OnePassSchedule.from_scheduler(DDIMScheduler.from_pretrained(folder), steps),
         latents=expected["latents"].to(dtype),
         prompt_embeds=expected["prompt_embeds"].to(dtype),

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 import tempfile
 from collections import Counter
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from typer.core import TyperGroup
 
 from tiue.devices import Dtype, find_device, find_dtype
 from tiue.distill.command import SectionedHelp, distill_command, embed_text_command
-from tiue.errors import DivergenceError, InputError, NonFiniteError, OutputError, TiUEError
+from tiue.errors import InputError, OutputError
 from tiue.evaluate.command import compare_command, evaluate_command
+from tiue.terminal import OneLineErrors, check_seeds, read_texts, say
 
 # torch, diffusers and transformers take seconds to import: the commands import them, so that
 # --help and usage errors come at once.
@@ -27,19 +28,6 @@ if TYPE_CHECKING:
 
 _STAGES = ("text encoder", "encoder", "decoder", "VAE")
 _VERSIONS = ("tiue", "torch", "diffusers", "transformers", "safetensors", "peft", "triton")
-
-
-class OneLineErrors(TyperGroup):
-    """Ends a command that raised one of the package's errors with one line on stderr."""
-
-    def invoke(self, ctx: Any) -> Any:
-        try:
-            return super().invoke(ctx)
-        except TiUEError as error:
-            typer.echo(f"error: {' '.join(str(error).split())}", err=True)
-            # Everything but a computation that went wrong is for the caller to put right.
-            went_wrong = isinstance(error, NonFiniteError | DivergenceError)
-            raise typer.Exit(1 if went_wrong else 2) from error
 
 
 app = typer.Typer(
@@ -120,6 +108,8 @@ def generate(
     ] = 8,
 ) -> None:
     """Draw a picture of each prompt, and a contact sheet of all of them."""
+    prompts = read_texts(prompts)
+    check_seeds(seed, num_images)
     if not all(prompt.strip() for prompt in prompts):
         raise InputError("a prompt is empty; say what to draw")
     _check_writable(output)
@@ -150,17 +140,17 @@ def generate(
             ).images
             for image, name in zip(images, names[start:], strict=False):
                 save_image(image, output / name)
-                typer.echo(output / name)
+                say(output / name)
             pictures += images
     labels = [
         prompt if num_images == 1 else f"{prompt} (seed {own_seed})" for prompt, own_seed in jobs
     ]
     sheet = output / "contact_sheet.png"
     save_image(contact_sheet(pictures, labels, num_images if num_images > 1 else None), sheet)
-    typer.echo(sheet)
+    say(sheet)
     for stage in _STAGES:
-        typer.echo(f"{stage:12} {timings[stage]:8.3f} s")
-    typer.echo(f"{'total':12} {sum(timings.values()):8.3f} s for {len(pictures)} pictures")
+        say(f"{stage:12} {timings[stage]:8.3f} s")
+    say(f"{'total':12} {sum(timings.values()):8.3f} s for {len(pictures)} pictures")
 
 
 app.command("distill", cls=SectionedHelp)(distill_command)
@@ -225,7 +215,7 @@ def export(
 
         if model is None:
             raise InputError("name the output folder of `tiue distill`, or one of its checkpoints")
-        typer.echo(export_student(Path(model), output, teacher))
+        say(export_student(Path(model), output, teacher))
         return
 
     import torch
@@ -240,8 +230,8 @@ def export(
     else:
         program.save_torch(exported, output)
     for name, shape in program.inputs_of(exported).items():
-        typer.echo(f"input  {name:14} {shape}")
-    typer.echo(output)
+        say(f"input  {name:14} {shape}")
+    say(output)
 
 
 @app.command()
@@ -252,18 +242,18 @@ def info() -> None:
     from tiue.openmoji import WEIGHTS
     from tiue_kernels.info import report
 
-    typer.echo(f"{'python':14} {platform.python_version()} on {platform.platform()}")
+    say(f"{'python':14} {platform.python_version()} on {platform.platform()}")
     for package in _VERSIONS:
         try:
             version = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             version = "not installed"
-        typer.echo(f"{package:14} {version}")
+        say(f"{package:14} {version}")
     device = find_device("auto")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
-    typer.echo(f"{'device':14} {device} {name}".rstrip())
-    typer.echo(f"{'OpenMoji model':14} {'in this package' if WEIGHTS.is_dir() else 'missing'}")
-    typer.echo(f"\n{report()}")
+    say(f"{'device':14} {device} {name}".rstrip())
+    say(f"{'OpenMoji model':14} {'in this package' if WEIGHTS.is_dir() else 'missing'}")
+    say(f"\n{report()}")
 
 
 def _check_writable(folder: Path) -> None:
@@ -290,7 +280,7 @@ def _load(model: str | None, dtype: torch.dtype) -> TiUEPipeline:
     transformers_logging.set_verbosity_error()
     if model is None:
         return tiue.load_openmoji(torch_dtype=dtype)
-    return tiue.TiUEPipeline.from_pretrained(model, torch_dtype=dtype)
+    return tiue.TiUEPipeline.from_pretrained(model, dtype=dtype)
 
 
 def _file_names(jobs: list[tuple[str, int]]) -> list[str]:
@@ -302,7 +292,8 @@ def _file_names(jobs: list[tuple[str, int]]) -> list[str]:
     for prompt, seed in jobs:
         stem = f"{safe_file_name(prompt)}_seed{seed}"
         seen[stem] += 1
-        names.append(f"{stem}.png" if seen[stem] == 1 else f"{stem}_{seen[stem]}.png")
+        name = f"{stem}.png" if seen[stem] == 1 else f"{stem}_{seen[stem]}.png"
+        names.append(os.fsdecode(name.encode()))  # UTF-8 under any locale
     return names
 
 

@@ -52,9 +52,9 @@ def load_student(
     dtype = torch_dtype or torch.float32
     return TiUEPipeline.from_pretrained(
         _existing(model, weights / "teacher"),
-        unet=TiUEUNet.from_pretrained(student, subfolder="unet", torch_dtype=dtype),
+        unet=TiUEUNet.from_pretrained(student, subfolder="unet", dtype=dtype),
         scheduler=DDIMScheduler.from_pretrained(student, subfolder="scheduler"),
-        torch_dtype=dtype,
+        dtype=dtype,
     )
 
 
@@ -78,7 +78,7 @@ def load_teacher(
     from diffusers import StableDiffusionPipeline
 
     return StableDiffusionPipeline.from_pretrained(
-        _existing(model, weights / "teacher"), torch_dtype=torch_dtype or torch.float32
+        _existing(model, weights / "teacher"), dtype=torch_dtype or torch.float32
     )
 
 

@@ -174,11 +174,12 @@ class OnePassSchedule:
             return self.copied(device)
         key = (device, *(tensor._version for tensor in tensors))
         copies: dict[tuple[Any, ...], OnePassSchedule] = vars(self).setdefault("_copies", {})
-        if key not in copies:
-            copies.clear()
+        found = copies.get(key)
+        if found is None:
             with torch.inference_mode(False):  # what is kept may be trained with
-                copies[key] = self.copied(device)
-        return copies[key]
+                found = self.copied(device)
+            vars(self)["_copies"] = {key: found}  # in one step, beside calls in other threads
+        return found
 
     def copied(self, device: torch.device) -> "OnePassSchedule":
         """The schedule with tensors of its own on a device."""

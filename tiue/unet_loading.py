@@ -34,7 +34,7 @@ class LoadableUNet(UNet2DConditionModel):
 
         Args:
             pretrained_model_name_or_path: a folder or a hub id.
-            **kwargs: as diffusers' `from_pretrained` (`subfolder`, `torch_dtype`, ...).
+            **kwargs: as diffusers' `from_pretrained` (`subfolder`, `dtype` or `torch_dtype`, ...).
 
         Returns:
             The student, in eval mode.
@@ -47,6 +47,8 @@ class LoadableUNet(UNet2DConditionModel):
         check_unet_folder(name, subfolder)
         hub = {k: kwargs[k] for k in _HUB_ARGUMENTS & kwargs.keys()}
         kwargs["use_safetensors"] = True
+        if "torch_dtype" in kwargs:  # diffusers' name for it, which warns since 0.41
+            kwargs.setdefault("dtype", kwargs.pop("torch_dtype"))
         try:
             check_unet_config(name, cls.load_config(name, **hub))
         except CheckpointError:

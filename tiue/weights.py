@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, ModelMixin, UNet2DConditionModel
-from safetensors import SafetensorError
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPVisionModelWithProjection
 
 from tiue.errors import CheckpointError, TiUEError
@@ -60,8 +59,10 @@ def load_whole(
             )
     except TiUEError:
         raise
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(f"cannot load the {part} of {source}: {error}") from error
+    except Exception as error:  # what the files of a folder can make the libraries raise
+        raise CheckpointError(
+            f"cannot load the {part} of {source}: {type(error).__name__}: {error}"
+        ) from error
     check_report(report, source, part)
     return model
 

@@ -87,7 +87,7 @@ def test_options_reach_the_pipeline(model, tmp_path):
     assert result.exit_code == 0, result.output
     picture = Image.open(tmp_path / "sun_seed0.png")
     assert picture.size == (24, 16)
-    pipe = TiUEPipeline.from_pretrained(model, torch_dtype=torch.bfloat16)
+    pipe = TiUEPipeline.from_pretrained(model, dtype=torch.bfloat16)
     want = pipe(
         "sun",
         height=16,

@@ -3,6 +3,7 @@
 import json
 import pickle
 import socket
+import warnings
 
 import pytest
 import torch
@@ -75,8 +76,11 @@ def test_loads_a_folder_that_names_the_student(stock, folder, library):
     assert torch.equal(picture(pipe), picture(TiUEPipeline.from_pipe(stock)))
 
 
-def test_loads_in_half_precision(folder):
-    pipe = TiUEPipeline.from_pretrained(folder, torch_dtype=torch.bfloat16)
+@pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
+def test_loads_in_half_precision_and_nothing_warns(folder, name):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        pipe = TiUEPipeline.from_pretrained(folder, **{name: torch.bfloat16})
     assert {pipe.unet.dtype, pipe.vae.dtype, pipe.text_encoder.dtype} == {torch.bfloat16}
 
 

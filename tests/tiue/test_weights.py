@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -11,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from tests.tiue.tiny import tiny_pipeline
 from tiue import TiUEPipeline, TiUEUNet
 from tiue.distill import loading
-from tiue.errors import CheckpointError
+from tiue.errors import ArchitectureError, CheckpointError, InputError, SchedulerError
 
 FILES = {
     "unet": "diffusion_pytorch_model.safetensors",
@@ -153,3 +154,58 @@ def test_a_whole_model_draws_what_it_drew(stock):
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
         assert not getattr(pipe, part).training
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "message"),
+    [
+        ("unet/config.json", {"attention_head_dim": 0}, "cannot load the unet"),
+        ("unet/config.json", {"sample_size": 0}, "sample_size is 0"),
+        ("unet/config.json", {"sample_size": -1}, "sample_size is -1"),
+        ("unet/config.json", {"sample_size": "large"}, "sample_size is 'large'"),
+        ("vae/config.json", {"scaling_factor": 0}, "scaling_factor is 0"),
+        ("vae/config.json", {"scaling_factor": "1"}, "scaling_factor is '1'"),
+        ("vae/config.json", {"scaling_factor": float("nan")}, "scaling_factor is nan"),
+        ("scheduler/scheduler_config.json", {"num_train_timesteps": 0}, ""),
+    ],
+)
+def test_a_config_that_no_model_has(folder, file, changes, message):
+    edit_json(folder / file, **changes)
+    with pytest.raises((CheckpointError, ArchitectureError, SchedulerError), match=message):
+        TiUEPipeline.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "unet", "vae"])
+def test_a_config_that_is_a_list(folder, part):
+    (folder / part / "config.json").write_text("[1, 2]")
+    with pytest.raises(CheckpointError, match=f"cannot load the {part}"):
+        TiUEPipeline.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"clip_skip": 100}, "clip_skip must be a whole number under the text encoder's 2 layers"),
+        ({"clip_skip": -1}, "clip_skip"),
+        ({"height": 64.0}, "height must be a whole number of pixels"),
+        ({"generator": 5}, "generator must be a torch.Generator"),
+        ({"generator": [5]}, "generator must be a torch.Generator"),
+        ({"latents": np.zeros((1, 4, 8, 8), np.float32)}, "latents must be a tensor"),
+        ({"guidance_scale": float("nan")}, "guidance_scale must be a finite number"),
+        ({"guidance_scale": "7"}, "guidance_scale must be a number"),
+        ({"num_decoder_steps": "4"}, "num_decoder_steps must be a whole number"),
+        ({"prompt": "caf\udce9"}, "no UTF-8"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_arguments_that_mean_nothing(drawing, arguments, message):
+    with pytest.raises(InputError, match=message):
+        drawing(**{"prompt": "red apple", "output_type": "latent"} | arguments)
+
+
+@pytest.fixture(scope="module")
+def drawing():
+    pipe = TiUEPipeline.from_pipe(tiny_pipeline())
+    pipe.set_progress_bar_config(disable=True)
+    pipe("red apple", output_type="latent")  # K = 4 is known from here on
+    return pipe

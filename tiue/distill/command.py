@@ -12,6 +12,7 @@ from typer.core import TyperCommand
 
 from tiue.distill.config import DistillConfig
 from tiue.errors import DependencyError
+from tiue.terminal import say
 
 # The first field of each section of the help.
 _SECTIONS = {
@@ -115,7 +116,7 @@ def distill_command(config: str | None = None, **options: Any) -> None:
         ) from error
     if settings.cpu or find_device("auto").type == "cpu":
         keep_freed_memory()
-    trainer = make_trainer(settings, report=typer.echo)
+    trainer = make_trainer(settings, report=say)
     trainer.train()
     if trainer.stopped_by:  # as a shell tells of a signal, so that `distill && export` stops too
         raise typer.Exit(128 + trainer.stopped_by)
@@ -139,6 +140,4 @@ def embed_text_command(
     """
     from tiue.distill.embeddings import embed_text
 
-    embed_text(
-        teacher, prompts, output, prompt_column, shard_size, batch_size, cpu, report=typer.echo
-    )
+    embed_text(teacher, prompts, output, prompt_column, shard_size, batch_size, cpu, report=say)

@@ -66,7 +66,7 @@ def load_unet(source: str, dtype: torch.dtype = torch.float32) -> TiUEUNet:
     source = resolve_teacher(source)
     subfolder = None if (Path(source) / "config.json").is_file() else "unet"
     with _reading("UNet", source):
-        return TiUEUNet.from_pretrained(source, subfolder=subfolder, torch_dtype=dtype)
+        return TiUEUNet.from_pretrained(source, subfolder=subfolder, dtype=dtype)
 
 
 def teacher_digest(source: str) -> str:

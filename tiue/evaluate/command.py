@@ -10,6 +10,7 @@ import typer
 
 from tiue.devices import Dtype, find_device, find_dtype
 from tiue.errors import InputError
+from tiue.terminal import say
 
 
 class Preset(str, Enum):
@@ -147,7 +148,7 @@ def evaluate_command(
         )
     )
     if found is not None:
-        typer.echo(f"{table(found)}\n\n{output / 'result.json'}")
+        say(f"{table(found)}\n\n{output / 'result.json'}")
 
 
 def compare_command(
@@ -162,4 +163,4 @@ def compare_command(
 
     if first.resolve() == second.resolve():
         raise InputError(f"{first} and {second} are one file; give two results")
-    typer.echo(compare(load_result(first), load_result(second), anyway))
+    say(compare(load_result(first), load_result(second), anyway))

@@ -79,7 +79,7 @@ def load_model(
     elif name == OPENMOJI:
         pipe = tiue.load_openmoji(torch_dtype=dtype, student=student)
     else:
-        pipe = tiue.TiUEPipeline.from_pretrained(name, torch_dtype=dtype)
+        pipe = tiue.TiUEPipeline.from_pretrained(name, dtype=dtype)
     if num_inference_steps is not None and not isinstance(pipe, StableDiffusionPipeline):
         raise InputError(f"{name} has no loop to run {num_inference_steps} steps of")
     if num_inference_steps is not None:

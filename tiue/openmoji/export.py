@@ -42,7 +42,7 @@ def export_weights(work: Path, output: Path) -> None:
 def _export_teacher(source: Path, decoder: Path, place: Path) -> None:
     # The teacher's training saw latents only; the decoder was trained on meanwhile.
     vae = load_autoencoder(decoder).half()
-    pipeline = StableDiffusionPipeline.from_pretrained(source, vae=vae, torch_dtype=torch.float16)
+    pipeline = StableDiffusionPipeline.from_pretrained(source, vae=vae, dtype=torch.float16)
     with _Replacing(place) as folder:
         pipeline.save_pretrained(folder)
         _forget_origin(folder)
@@ -50,7 +50,7 @@ def _export_teacher(source: Path, decoder: Path, place: Path) -> None:
 
 def _export_student(source: Path, place: Path) -> None:
     with _Replacing(place) as folder:
-        unet = UNet2DConditionModel.from_pretrained(source / "unet", torch_dtype=torch.float16)
+        unet = UNet2DConditionModel.from_pretrained(source / "unet", dtype=torch.float16)
         unet.save_pretrained(folder / "unet")
         DDIMScheduler.from_pretrained(source / "scheduler").save_pretrained(folder / "scheduler")
         index = {

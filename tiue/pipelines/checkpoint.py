@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Collection
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -192,6 +194,18 @@ def check_parts(
     Raises:
         ArchitectureError: They do not fit, or the UNet wants inputs that a prompt does not give.
     """
+    factor: Any = getattr(vae.config, "scaling_factor", None)
+    if not (_is_number(factor) and 0 < factor < math.inf):
+        raise ArchitectureError(
+            f"the VAE's scaling_factor is {factor!r}: it must be a positive number (SD 1.x and 2.x:"
+            " 0.18215, XL: 0.13025)"
+        )
+    size = unet.config.sample_size
+    sides = size if isinstance(size, list | tuple) else [size]
+    if size is not None and not all(isinstance(side, int) and side > 0 for side in sides):
+        raise ArchitectureError(
+            f"the UNet's sample_size is {size!r}: it must be a positive whole number of latents"
+        )
     channels = vae.config.latent_channels
     if unet.config.in_channels != channels or unet.config.out_channels != channels:
         raise ArchitectureError(
@@ -216,3 +230,7 @@ def check_parts(
             f"the UNet reads text of width {sorted(widths)}, the text encoders give {given}: take"
             " all from one model (SD 1.x: 768, 2.x: 1024, XL: 2048)"
         )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)

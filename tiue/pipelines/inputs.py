@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import inspect
 import logging
+import math
 from collections.abc import Callable, Mapping
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -16,6 +17,10 @@ _log = logging.getLogger(__name__)
 _told: set[str] = set()
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+# Sixteen times what SDXL was made for: self-attention alone of more would take terabytes.
+MAX_PIXELS = 16384
+# Weights of guidance in use are under 20; from 1e4 on float16 overflows.
+MAX_GUIDANCE = 1000
 
 # Where diffusers' defaults are for many steps.
 DEFAULTS = {"num_inference_steps": 1, "guidance_scale": 1.0, "gligen_scheduled_sampling_beta": 1.0}
@@ -139,6 +144,7 @@ def check(arguments: dict[str, Any], unet: Any, vae: Any, factor: int) -> None:
     output_type = arguments.get("output_type", "pil")
     if output_type not in OUTPUT_TYPES:
         raise InputError(f"output_type must be one of {OUTPUT_TYPES}, got {output_type!r}")
+    _check_numbers(arguments)
     images = arguments.get("num_images_per_prompt", 1)
     if images is None:
         images = arguments["num_images_per_prompt"] = 1
@@ -147,15 +153,47 @@ def check(arguments: dict[str, Any], unet: Any, vae: Any, factor: int) -> None:
     rows = _check_prompts(arguments, unet.config)
     rows = None if rows is None else rows * images
     _check_sizes(arguments, rows, unet.config, vae.config.latent_channels, factor)
-    if isinstance(arguments.get("latents"), torch.Tensor):
-        arguments["latents"] = arguments["latents"].to(unet.dtype)
+    latents = arguments.get("latents")
+    if isinstance(latents, torch.Tensor):
+        arguments["latents"] = latents.to(unet.dtype)
     generator = arguments.get("generator")
     if isinstance(generator, (list, tuple)):
         generator = arguments["generator"] = list(generator)
         if rows is not None and len(generator) != rows:
             raise InputError(f"{len(generator)} generators for {rows} images: give each its own")
-    elif generator is not None and not isinstance(generator, torch.Generator):
+    generators = generator if isinstance(generator, list) else [generator]
+    if generator is not None and not all(isinstance(g, torch.Generator) for g in generators):
         raise InputError(f"generator must be a torch.Generator or a list, got {generator!r}")
+
+
+def _check_numbers(arguments: Mapping[str, Any]) -> None:
+    for name, value in arguments.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise InputError(f"{name} must be a finite number, got {value}")
+    for name in ("guidance_scale", "image_guidance_scale"):
+        value = arguments.get(name, 1.0)
+        if value is None:
+            continue
+        if not isinstance(value, Real) or not 0 <= float(value) <= MAX_GUIDANCE:
+            raise InputError(f"{name} must be a number from 0 to {MAX_GUIDANCE}, got {value!r}")
+
+
+def check_clip_skip(clip_skip: Any, text_encoder: Any) -> None:
+    """See that the text encoder has the layers that a call leaves out.
+
+    Args:
+        clip_skip: Layers to leave out at its end.
+        text_encoder: A CLIP text model.
+
+    Raises:
+        InputError: It has no more layers than that, or it is no number of layers.
+    """
+    layers = text_encoder.config.num_hidden_layers
+    if not _is_whole(clip_skip) or not 0 <= clip_skip < layers:
+        raise InputError(
+            f"clip_skip must be a whole number under the text encoder's {layers} layers, got"
+            f" {clip_skip!r}"
+        )
 
 
 def _check_prompts(arguments: dict[str, Any], config: Mapping[str, Any]) -> int | None:
@@ -166,6 +204,8 @@ def _check_prompts(arguments: dict[str, Any], config: Mapping[str, Any]) -> int 
     if isinstance(prompt, list):
         if not prompt or not all(isinstance(text, str) for text in prompt):
             raise InputError(f"prompt must be a text or a list of at least one, got {prompt!r}")
+        for text in prompt:
+            check_unicode(text)
         count = len(prompt)
     elif isinstance(embeds, torch.Tensor):
         width = config["encoder_hid_dim"] or config["cross_attention_dim"]
@@ -239,6 +279,8 @@ def latent_shape(
         InputError: Latents of another shape, or sizes that no latents have.
     """
     own = sample_size
+    if latents is not None and not isinstance(latents, torch.Tensor):
+        raise InputError(f"latents must be a tensor, got a {type(latents).__name__}")
     if latents is not None:
         fits = latents.ndim == 4 and latents.shape[1] == channels
         if not fits or latents.shape[0] != (rows or latents.shape[0]):
@@ -267,6 +309,8 @@ def _latent_size(name: str, pixels: int | None, own: int | None, factor: int) ->
         return own
     if not _is_whole(pixels):
         raise InputError(f"{name} must be a whole number of pixels, got {pixels!r}")
+    if pixels > MAX_PIXELS:
+        raise InputError(f"{name} must be at most {MAX_PIXELS} pixels, got {pixels}")
     size = max(1, pixels // factor)
     if pixels != size * factor:
         raise InputError(
@@ -276,6 +320,18 @@ def _latent_size(name: str, pixels: int | None, own: int | None, factor: int) ->
     return size
 
 
+def check_unicode(text: str) -> None:
+    """See that a prompt is text that a tokenizer can read.
+
+    Raises:
+        InputError: It holds bytes that are no UTF-8, as arguments of a command may.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"a prompt is no UTF-8 text: {text!r}") from error
+
+
 def _tell_once(message: str) -> None:
     if message not in _told:
         _told.add(message)
@@ -283,4 +339,4 @@ def _tell_once(message: str) -> None:
 
 
 def _is_whole(number: Any) -> bool:
-    return isinstance(number, Integral)  # numpy's too
+    return isinstance(number, Integral) and not isinstance(number, bool)  # numpy's too

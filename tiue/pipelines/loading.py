@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
-from safetensors import SafetensorError
 
 from tiue.checkpoints import pickle_message
 from tiue.errors import CheckpointError, InputError, TiUEError
@@ -44,8 +43,8 @@ class LoadableOnePass(OnePass):
 
         Args:
             pretrained_model_name_or_path: A folder in the diffusers layout, or a hub id.
-            **kwargs: As in diffusers (`torch_dtype`, `variant`, `revision`, ...), components
-                (`unet=TiUEUNet.from_pretrained(...)`) among them.
+            **kwargs: As in diffusers (`dtype` or `torch_dtype`, `variant`, `revision`, ...),
+                components (`unet=TiUEUNet.from_pretrained(...)`) among them.
 
         Returns:
             The pipeline, on the CPU.
@@ -57,6 +56,8 @@ class LoadableOnePass(OnePass):
         model = os.fspath(pretrained_model_name_or_path)
         if not kwargs.setdefault("use_safetensors", True):
             raise InputError("use_safetensors=False: only safetensors are loaded; leave it out")
+        if "torch_dtype" in kwargs:  # diffusers' name for it, which warns since 0.41
+            kwargs.setdefault("dtype", kwargs.pop("torch_dtype"))
         try:
             hub = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
             is_local = checkpoint.check_local(model, cls.family, kwargs)
@@ -69,14 +70,15 @@ class LoadableOnePass(OnePass):
             folder = model if is_local else cls.download(model, **kwargs)
             kwargs |= load_models(Path(folder), index, kwargs)
             pipe = super().from_pretrained(model, **kwargs)
+            if "scheduler" not in kwargs:
+                pipe.scheduler = with_one_pass(pipe.scheduler)
         except TiUEError:
             raise
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        except Exception as error:  # what the files of a folder can make diffusers raise
             raise CheckpointError(
-                f"cannot load {model} as a {cls.family.name} pipeline: {error}"
+                f"cannot load {model} as a {cls.family.name} pipeline:"
+                f" {type(error).__name__}: {error}"
             ) from error
-        if "scheduler" not in kwargs:
-            pipe.scheduler = with_one_pass(pipe.scheduler)
         return pipe
 
     @classmethod

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from tiue.errors import ArchitectureError, InputError
 from tiue.pipelines import inputs
-from tiue.pipelines.parts import CompiledParts, Part, UNetPart, VAEPart, is_compiled
+from tiue.pipelines.parts import CompiledParts, Part, UNetPart, VAEPart, alone, is_compiled
 from tiue.pipelines.scheduler import OnePassScheduler, with_one_pass
 from tiue.schedule import OnePassSchedule, settings_of
 from tiue.stages import Stages, untimed
@@ -29,6 +29,7 @@ _Pipeline: Any = DiffusionPipeline if TYPE_CHECKING else object
 
 # Schedules kept a pipeline; probing a scheduler takes 32 of its steps at K = 4.
 _MAX_SCHEDULES = 16
+_OF_THIS_PROCESS = {"_compiled", "_timings"}
 
 
 def one_pass(pipe: DiffusionPipeline, num_decoder_steps: int = 4) -> Any:
@@ -115,6 +116,16 @@ class OnePass(_Pipeline):
             parts["unet"] = parts["unet"].to_unet()
         return parts
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and pickles hold: all but what was compiled, which is of this process."""
+        return {name: x for name, x in self.__dict__.items() if name not in _OF_THIS_PROCESS}
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Made again of the class that `one_pass` was given, since its own has no place."""
+        cls = type(self)
+        made_here = cls.__module__ == __name__
+        return _unmade, (cls.__bases__[1] if made_here else cls,), self.__getstate__()
+
     def to_json_string(self) -> str:
         """The model_index.json of a saved folder, one that plain diffusers loads too.
 
@@ -191,7 +202,8 @@ class OnePass(_Pipeline):
         to_pixels = arguments.get("output_type") != "latent"
         checked = self.unet if arguments.get("output_type") in ("pil", "np") else None
         run = copy.copy(self)
-        with super().progress_bar(total=len(names) + to_pixels) as progress:
+        bar = super().progress_bar(total=len(names) + to_pixels)
+        with alone(self.unet, getattr(self, "text_encoder", None)), bar as progress:
             stages = Stages(self._timings, self._execution_device, progress)
             run.__dict__.update(
                 _original=self,
@@ -206,12 +218,13 @@ class OnePass(_Pipeline):
         """S and E of the present scheduler, kept."""
         known: dict[Any, OnePassSchedule] = self.__dict__.setdefault("_schedules", {})
         key = (settings_of(self.scheduler), num_decoder_steps, strength)
-        if key not in known:
+        schedule = known.get(key)
+        if schedule is None:
             schedule = OnePassSchedule.from_scheduler(self.scheduler, num_decoder_steps, strength)
             while len(known) >= _MAX_SCHEDULES:
-                known.pop(next(iter(known)))
+                known.pop(next(iter(known)), None)  # calls in other threads do the same
             known[key] = schedule
-        return known[key]
+        return schedule
 
     # What diffusers' own call asks of the pipeline, on the copy that the call runs on.
 
@@ -263,6 +276,8 @@ class OnePass(_Pipeline):
                 " negative_prompt_embeds"
             )
         run = self
+        if given.get("clip_skip") is not None:
+            inputs.check_clip_skip(given["clip_skip"], self.text_encoder)
         if given.get("clip_skip") is not None and not hasattr(self.text_encoder, "text_model"):
             # transformers 5 took that module out of CLIPTextModel; diffusers 0.42 looks for the
             # final layer norm in it.
@@ -295,6 +310,11 @@ def _one_pass_class(cls: Any) -> Any:
         return cls
     own = {"__module__": __name__, "__doc__": cls.__doc__}
     return types.new_class(cls.__name__, (OnePass, cls), exec_body=lambda body: body.update(own))
+
+
+def _unmade(cls: Any) -> Any:
+    cls = _one_pass_class(cls)
+    return cls.__new__(cls)
 
 
 def _call_of(cls: Any) -> Any:

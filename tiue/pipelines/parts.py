@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -105,7 +108,7 @@ class VAEPart(Part):
             raise NonFiniteError(
                 f"the images hold NaN or infinity (UNet in {self._checked.dtype}, VAE in"
                 f" {vae.dtype}). In float16 the VAE is the usual cause:"
-                " pipe.vae.to(torch.float32), or load everything with torch_dtype=torch.bfloat16"
+                " pipe.vae.to(torch.float32), or load everything with dtype=torch.bfloat16"
                 " or torch.float32. In float32, look for NaN in weights, latents or prompt_embeds"
             )
         return decoded
@@ -154,6 +157,34 @@ class CompiledParts:
             )
             known = self._calls[part] = (model, call)
         return known[1]
+
+
+_locks: weakref.WeakKeyDictionary[Any, threading.RLock] = weakref.WeakKeyDictionary()
+_making = threading.Lock()
+
+
+def alone(unet: Any, *others: Any) -> AbstractContextManager[Any]:
+    """One call at a time, in whatever thread, of a UNet that calls change.
+
+    Adapters are weighed by writing a call's scale to their layers, and offloading moves weights
+    while a call runs. Calls of a UNet without either run side by side.
+
+    Args:
+        unet: The student; pipelines that share it wait for each other.
+        *others: Text encoders, or None.
+
+    Returns:
+        A context for a call.
+    """
+    models = [model for model in (unet, *others) if isinstance(model, torch.nn.Module)]
+    changed = any(
+        getattr(model, "_hf_peft_config_loaded", False) or hasattr(model, "_hf_hook")
+        for model in models
+    )
+    if not changed:
+        return nullcontext()
+    with _making:
+        return _locks.setdefault(unet, threading.RLock())
 
 
 def is_compiled(model: Any) -> bool:
