@@ -17,7 +17,7 @@ from tiue.compiled.fingerprint import Fingerprint
 
 logger = logging.getLogger(__name__)
 
-# Triton compiles, cuDNN tries its algorithms and libraries allocate at the first calls; none of
+# Triton compiles, cuDNN chooses its algorithms and libraries allocate at the first calls; none of
 # that can be recorded.
 WARM_UP_CALLS = 2
 
@@ -54,11 +54,14 @@ class CudaRecorder:
     """Records calls as CUDA graphs.
 
     The memory of all is one pool: they run one after another, and an output is copied at once.
+    What other threads do on the GPU meanwhile neither enters a recording nor ends it. Convolutions
+    are recorded with the algorithms that cuDNN chooses under the process's own settings: with
+    `torch.backends.cudnn.benchmark = True` those that it has timed in the warm-up.
     """
 
     def __init__(self) -> None:
         self._pool: Any = None
-        self._done: torch.cuda.Event | None = None
+        self._done: dict[torch.device, torch.cuda.Event] = {}  # an event belongs to its device
 
     def serves(self, device: torch.device) -> bool:
         return device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
@@ -66,18 +69,18 @@ class CudaRecorder:
     @contextmanager
     def in_order(self, device: torch.device) -> Iterator[None]:
         with torch.cuda.device(device):
-            if self._done is None:
-                self._done = torch.cuda.Event()
-            torch.cuda.current_stream().wait_event(self._done)
+            if device not in self._done:
+                self._done[device] = torch.cuda.Event()
+            torch.cuda.current_stream().wait_event(self._done[device])
             try:
                 yield
             finally:
-                self._done.record()
+                self._done[device].record()
 
     def warm_up(self, run: Callable[[], torch.Tensor]) -> None:
         current, side = torch.cuda.current_stream(), torch.cuda.Stream()
         side.wait_stream(current)
-        with torch.cuda.stream(side), _recordable():
+        with torch.cuda.stream(side), _without_cast_cache():
             for _ in range(WARM_UP_CALLS):
                 run()
         current.wait_stream(side)
@@ -95,7 +98,9 @@ class CudaRecorder:
 class _CudaGraph:
     def __init__(self, run: Callable[[], torch.Tensor], pool: Any) -> None:
         self._graph = torch.cuda.CUDAGraph()
-        with _recordable(), torch.cuda.graph(self._graph, pool=pool):
+        # By default a call of another thread, such as an allocation, would end the capture.
+        recording = torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local")
+        with _without_cast_cache(), recording:
             self.output = run()
 
     def replay(self) -> None:
@@ -103,20 +108,14 @@ class _CudaGraph:
 
 
 @contextmanager
-def _recordable() -> Iterator[None]:
-    """Settings under which calls are recorded.
-
-    cuDNN takes the algorithms that it has timed as the fastest, and a recorded call keeps them.
-    Autocast keeps no weights in half precision: a recorded call would go on reading those.
-    """
-    benchmark, cache = torch.backends.cudnn.benchmark, torch.is_autocast_cache_enabled()
-    torch.backends.cudnn.benchmark = not torch.backends.cudnn.deterministic
+def _without_cast_cache() -> Iterator[None]:
+    """Autocast keeps no weights in half precision: a recorded call would go on reading those."""
+    cache = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
     torch.clear_autocast_cache()
     try:
         yield
     finally:
-        torch.backends.cudnn.benchmark = benchmark
         torch.set_autocast_cache_enabled(cache)
 
 
