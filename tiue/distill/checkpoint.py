@@ -5,6 +5,7 @@
 random state of every process, and `RunState`.
 """
 
+import logging
 import pickle
 import shutil
 from collections.abc import Iterator
@@ -30,6 +31,9 @@ from tiue.distill.output import list_checkpoints
 from tiue.distill.settings import CONFIG, changed_fields, load_config, write_config
 from tiue.distill.step import Trained
 from tiue.errors import CheckpointError, TiUEError
+from tiue_kernels import configs
+
+logger = logging.getLogger(__name__)
 
 _NAME = "step-{:08d}"
 _LORA_FILE = "adapter_model.safetensors"
@@ -52,6 +56,8 @@ class RunState:
         teacher_digest: Tells the teacher from others, wherever its files lie.
         ema_steps: Updates of the moving average.
         guard: Running means of what is watched.
+        kernel_configs: Launch configurations of the kernels, by device: another one sums in
+            another order.
         allowed: Settings that may be others than a checkpoint's; of this start alone.
         changed: What they were and are; of this start alone.
     """
@@ -63,11 +69,13 @@ class RunState:
     samples_seen: int = 0
     ema_steps: int = 0
     guard: dict[str, Any] = field(default_factory=dict)
+    kernel_configs: dict[str, Any] = field(default_factory=dict)
     allowed: tuple[str, ...] = ()
     changed: dict[str, list[Any]] = field(default_factory=dict)
 
     def state_dict(self) -> dict[str, Any]:
         """What outlasts this start, by name."""
+        self.kernel_configs = configs.in_use()
         return {k: v for k, v in asdict(self).items() if k not in ("allowed", "changed")}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -102,6 +110,9 @@ class RunState:
                 raise CheckpointError(f"{reason}, or --allow-change {settings[0]}")
             self.changed[name] = [before, own]
         vars(self).update(state)
+        # So that the run goes on bit for bit, whatever was tuned since.
+        for device in configs.use(self.kernel_configs):
+            logger.info("Kernels on %s are launched as the checkpoint's were.", device)
 
 
 class Checkpoints:

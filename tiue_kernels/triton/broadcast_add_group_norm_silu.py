@@ -18,7 +18,6 @@ from tiue_kernels.triton.group_norm import (
     merge_moments,
     new_maps,
     partials,
-    plan,
     reciprocal_deviation,
     silu,
     silu_slope,
@@ -27,6 +26,7 @@ from tiue_kernels.triton.group_norm import (
     tile_moments,
     tile_moments_of,
     tile_offsets,
+    tuned_plan,
 )
 from tiue_kernels.triton.launch import bound, on_device_of
 
@@ -406,7 +406,10 @@ def _prepare(
         shared = like(shared, hidden)
     wanted = shared if hidden is None else hidden
     channels_last = memory_format(wanted) == torch.channels_last
-    tiles = plan(
+    tiles = tuned_plan(
+        "broadcast_add_group_norm_silu",
+        "forward" if held == 1 else "backward",
+        shared.device,
         rows,
         num_groups,
         shared.shape[1] // num_groups,

@@ -7,12 +7,14 @@ from typing import NamedTuple
 import torch
 import triton
 
+from tiue_kernels import configs
 from tiue_kernels.triton.attention_backward import grad_key_value_kernel, grad_query_kernel
 from tiue_kernels.triton.attention_forward import few_keys_forward_kernel, forward_kernel
 from tiue_kernels.triton.launch import on_device_of, power_of_two
 
-# Programs that a launch aims at where it can choose: 4 for each of an H100's 132 multiprocessors.
-PROGRAMS = 528
+OPERATOR = "cross_timestep_attention"
+# Programs for each multiprocessor that a launch aims at where it can choose.
+PROGRAMS = 4
 
 
 class Blocks(NamedTuple):
@@ -74,14 +76,14 @@ def cross_timestep_attention_fwd(
         return out, logsumexp
     call = _Call(query, key, value, num_heads, attention_bias)
     name = "few_keys_forward" if has_few_keys(call.keys, query.dtype, call.head_dim) else "forward"
-    block = blocks(name, call.head_dim, call.keys, query.dtype)
+    block = call.blocks(name)
     n_blocks = triton.cdiv(call.queries, block.queries)
     programs = n_blocks
     meta = call.meta(block)
     kernel = forward_kernel
     if name == "few_keys_forward":
         kernel = few_keys_forward_kernel
-        programs = min(n_blocks, triton.cdiv(PROGRAMS, call.pairs))
+        programs = min(n_blocks, triton.cdiv(call.programs, call.pairs))
     else:
         meta["EVEN_K"] = call.keys % block.keys == 0
     with on_device_of(query):
@@ -117,7 +119,7 @@ def cross_timestep_attention_bwd(
     delta = torch.empty(logsumexp.shape, dtype=torch.float32, device=query.device)
     operands = (call.query, call.key, call.value, call.bias)
 
-    block = blocks("grad_query", call.head_dim, call.keys, query.dtype)
+    block = call.blocks("grad_query")
     programs = triton.cdiv(call.queries, block.queries)
     with on_device_of(query):
         grad_query_kernel[(call.pairs * programs,)](
@@ -127,9 +129,10 @@ def cross_timestep_attention_bwd(
             EVEN_K=call.keys % block.keys == 0,
         )
 
-    block = blocks("grad_key_value", call.head_dim, call.keys, query.dtype)
+    block = call.blocks("grad_key_value")
     programs = call.pairs * triton.cdiv(call.keys, block.keys)
-    runs, blocks_per_run = query_runs(programs, triton.cdiv(call.queries, block.queries))
+    query_blocks = triton.cdiv(call.queries, block.queries)
+    runs, blocks_per_run = query_runs(programs, query_blocks, call.programs)
     dtype = torch.float32 if runs > 1 else query.dtype
     grad_key = torch.empty((runs, *key.shape), dtype=dtype, device=query.device)
     grad_value = torch.empty((runs, *key.shape), dtype=dtype, device=query.device)
@@ -153,9 +156,15 @@ def cross_timestep_attention_bwd(
     return grad_query, grad_key.view(key.shape), grad_value.view(key.shape), grad_bias
 
 
-def query_runs(programs: int, query_blocks: int) -> tuple[int, int]:
-    """How many runs the query blocks are cut into, and blocks a run; no run is empty."""
-    runs = min(query_blocks, triton.cdiv(PROGRAMS, programs))
+def query_runs(programs: int, query_blocks: int, wanted: int) -> tuple[int, int]:
+    """How many runs the query blocks are cut into, and blocks a run; no run is empty.
+
+    Args:
+        programs: of one run.
+        query_blocks: of all runs.
+        wanted: programs that fill the device.
+    """
+    runs = min(query_blocks, triton.cdiv(wanted, programs))
     blocks_per_run = triton.cdiv(query_blocks, runs)
     return triton.cdiv(query_blocks, blocks_per_run), blocks_per_run
 
@@ -181,6 +190,18 @@ class _Call:
         self.pairs = key_rows * num_heads
         self.queries = rows // key_rows * tokens
         self.sizes = (key_rows, num_heads, self.queries, tokens, self.keys)
+        self.programs = PROGRAMS * configs.multiprocessors(query.device)
+
+    def blocks(self, kernel: str) -> Blocks:
+        """Those that were tuned for the device, or the heuristics'."""
+        dtype = self.query.dtype
+        own = blocks(kernel, self.head_dim, self.keys, dtype)
+        bucket = (
+            f"{kernel}-{str(dtype).removeprefix('torch.')}-head{self.head_dim}"
+            f"-keys{power_of_two(self.keys)}-queries{power_of_two(self.queries)}"
+        )
+        heuristic = own._asdict()
+        return Blocks(**configs.choose(OPERATOR, bucket, heuristic, self.query.device))
 
     def meta(self, block: Blocks) -> dict[str, int | bool]:
         block_d, tail_d = split_head(self.head_dim)

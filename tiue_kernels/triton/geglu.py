@@ -6,9 +6,11 @@ import torch
 import triton
 import triton.language as tl
 
-from tiue_kernels.triton.launch import on_device_of
+from tiue_kernels import configs
+from tiue_kernels.triton.launch import on_device_of, power_of_two
 
-BLOCK_R, BLOCK_C = 8, 256  # 1280, 2560 and 5120 channels are multiples of 256
+# 1280, 2560 and 5120 channels are multiples of 256.
+TILE = {"BLOCK_R": 8, "BLOCK_C": 256, "num_warps": 4}
 
 INVERSE_SQRT_2 = tl.constexpr(0.7071067811865476)
 INVERSE_SQRT_2_PI = tl.constexpr(0.3989422804014327)
@@ -62,9 +64,8 @@ def geglu_fwd(x: torch.Tensor) -> torch.Tensor:
     if out.numel():
         n_rows = out.numel() // channels
         with on_device_of(x):
-            _forward_kernel[_grid(n_rows, channels)](
-                x.contiguous(), out, n_rows, channels, BLOCK_R, BLOCK_C
-            )
+            grid, tile = _launch("forward", x, n_rows, channels)
+            _forward_kernel[grid](x.contiguous(), out, n_rows, channels, **tile)
     return out
 
 
@@ -74,11 +75,19 @@ def geglu_bwd(grad_out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     if grad_x.numel():
         n_rows = grad_out.numel() // channels
         with on_device_of(x):
-            _backward_kernel[_grid(n_rows, channels)](
-                grad_out.contiguous(), x.contiguous(), grad_x, n_rows, channels, BLOCK_R, BLOCK_C
+            grid, tile = _launch("backward", x, n_rows, channels)
+            _backward_kernel[grid](
+                grad_out.contiguous(), x.contiguous(), grad_x, n_rows, channels, **tile
             )
     return grad_x
 
 
-def _grid(n_rows: int, channels: int) -> tuple[int]:
-    return (triton.cdiv(n_rows, BLOCK_R) * triton.cdiv(channels, BLOCK_C),)
+def _launch(
+    kernel: str, x: torch.Tensor, n_rows: int, channels: int
+) -> tuple[tuple[int], dict[str, int]]:
+    """The grid and the tile of one kernel."""
+    dtype = str(x.dtype).removeprefix("torch.")
+    bucket = f"{kernel}-{dtype}-rows{power_of_two(n_rows)}-channels{channels}"
+    tile = configs.choose("geglu", bucket, TILE, x.device)
+    rows, columns = tile["BLOCK_R"], tile["BLOCK_C"]
+    return (triton.cdiv(n_rows, rows) * triton.cdiv(channels, columns),), tile

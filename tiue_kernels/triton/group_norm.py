@@ -15,14 +15,15 @@ import torch
 import triton
 import triton.language as tl
 
+from tiue_kernels import configs
 from tiue_kernels.triton.launch import bound, power_of_two
 
 # Elements of a tile that holds a group whole (32 a thread of 16 warps), and of one that does not
 # (32 a thread of 8 warps).
 WHOLE_TILE = 16384
 SPLIT_TILE = 8192
-# Two programs for each of 132 processors: below it, narrow tiles; above it, well-filled ones.
-ENOUGH_PROGRAMS = 264
+# Programs for each multiprocessor: below them, narrow tiles; above them, well-filled ones.
+ENOUGH_PROGRAMS = 2
 
 
 class Plan(NamedTuple):
@@ -54,6 +55,36 @@ class Plan(NamedTuple):
         }
 
 
+def tuned_plan(
+    operator: str,
+    kernel: str,
+    device: torch.device,
+    rows: int,
+    num_groups: int,
+    group_size: int,
+    pixels: int,
+    channels_last: bool,
+    held: int = 1,
+) -> Plan:
+    """The tiles of `plan`, or those that were tuned for the device.
+
+    `kernel` is "forward" or "backward"; the rest is what `plan` takes.
+    """
+    multiprocessors = configs.multiprocessors(device)
+    own = plan(rows, num_groups, group_size, pixels, channels_last, held, multiprocessors)
+    bucket = (
+        f"{kernel}-{'nhwc' if channels_last else 'nchw'}-rows{power_of_two(rows)}"
+        f"-groups{num_groups}x{group_size}-pixels{power_of_two(pixels)}"
+    )
+    heuristic = {"groups": own.groups, "block_p": own.block_p, "num_warps": own.num_warps}
+    chosen = configs.choose(operator, bucket, heuristic, device)
+    if chosen is heuristic:
+        return own
+    groups, block_p = min(chosen["groups"], num_groups), chosen["block_p"]
+    blocks = (power_of_two(groups), power_of_two(groups * group_size))
+    return Plan(groups, *blocks, block_p, -(-pixels // block_p), chosen["num_warps"])
+
+
 def plan(
     rows: int,
     num_groups: int,
@@ -61,6 +92,7 @@ def plan(
     pixels: int,
     channels_last: bool,
     held: int = 1,
+    multiprocessors: int = configs.H100_MULTIPROCESSORS,
 ) -> Plan:
     """Tiles for `rows` rows of `num_groups` groups of `group_size` channels by `pixels`.
 
@@ -85,7 +117,8 @@ def plan(
     block_p = power_of_two(pixels)
     fitting = [o for o in options if o[2] * block_p <= whole_tile and not o[5]]
     if fitting:
-        best = max(fitting, key=lambda o: (min(rows * o[3], ENOUGH_PROGRAMS), used(o)))
+        enough = ENOUGH_PROGRAMS * multiprocessors
+        best = max(fitting, key=lambda o: (min(rows * o[3], enough), used(o)))
     else:
         best = max(options, key=lambda o: (not o[5], not o[4], used(o), -o[2]))
         block_p = min(block_p, max(split_tile // best[2], min(32, whole_tile // best[2]), 1))

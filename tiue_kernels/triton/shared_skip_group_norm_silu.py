@@ -21,7 +21,6 @@ from tiue_kernels.triton.group_norm import (
     merge_moments,
     new_maps,
     partials,
-    plan,
     reciprocal_deviation,
     silu,
     silu_slope,
@@ -30,6 +29,7 @@ from tiue_kernels.triton.group_norm import (
     tile_axes,
     tile_moments,
     tile_offsets,
+    tuned_plan,
 )
 from tiue_kernels.triton.launch import bound, on_device_of
 
@@ -374,7 +374,9 @@ class _Shape:
         self.hidden_groups = -(-hidden.shape[1] // group_size)
         self.skip_groups = num_groups - self.hidden_groups
         self.border = self.hidden_groups * group_size
-        self.tiles: Plan = plan(rows, num_groups, group_size, pixels, self.channels_last, held)
+        sizes = (rows, num_groups, group_size, pixels, self.channels_last, held)
+        kernel = "forward" if held == 1 else "backward"
+        self.tiles: Plan = tuned_plan("shared_skip_group_norm_silu", kernel, hidden.device, *sizes)
         self.grid = (
             self.tiles.programs(rows, self.hidden_groups)
             + self.tiles.programs(batch, self.skip_groups),

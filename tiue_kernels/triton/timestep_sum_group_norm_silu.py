@@ -17,7 +17,6 @@ from tiue_kernels.triton.group_norm import (
     merge_moments,
     new_maps,
     partials,
-    plan,
     reciprocal_deviation,
     silu,
     silu_slope,
@@ -26,6 +25,7 @@ from tiue_kernels.triton.group_norm import (
     tile_moments,
     tile_moments_of,
     tile_offsets,
+    tuned_plan,
 )
 from tiue_kernels.triton.launch import bound, on_device_of
 
@@ -169,7 +169,7 @@ def timestep_sum_group_norm_silu_fwd(
     bias: torch.Tensor,
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    hidden, channels_last, tiles = _prepare(hidden, num_groups)
+    hidden, channels_last, tiles = _prepare(hidden, num_groups, "forward")
     rows, batch = len(hidden), len(hidden) // len(coefficients)
     out = new_maps(hidden, channels_last, batch, *hidden.shape[1:])
     stats = partials(hidden, 2, rows, num_groups)
@@ -211,7 +211,7 @@ def timestep_sum_group_norm_silu_bwd(
     bias: torch.Tensor,
     stats: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    hidden, channels_last, tiles = _prepare(hidden, num_groups)
+    hidden, channels_last, tiles = _prepare(hidden, num_groups, "backward")
     rows, channels = hidden.shape[:2]
     timesteps = len(coefficients)
     grad_hidden = new_maps(hidden, channels_last, *hidden.shape)
@@ -253,14 +253,12 @@ def timestep_sum_group_norm_silu_bwd(
     )
 
 
-def _prepare(hidden: torch.Tensor, num_groups: int) -> tuple[torch.Tensor, bool, Plan]:
+def _prepare(hidden: torch.Tensor, num_groups: int, kernel: str) -> tuple[torch.Tensor, bool, Plan]:
     """Dense maps, whether they are channels_last, and the tiles."""
     hidden = like(hidden, hidden)
     rows, channels = hidden.shape[:2]
     channels_last = memory_format(hidden) == torch.channels_last
     pixels = hidden.shape[2:].numel()
-    return (
-        hidden,
-        channels_last,
-        plan(rows, num_groups, channels // num_groups, pixels, channels_last, held=2),
-    )
+    sizes = (rows, num_groups, channels // num_groups, pixels, channels_last)
+    tiles = tuned_plan("timestep_sum_group_norm_silu", kernel, hidden.device, *sizes, held=2)
+    return hidden, channels_last, tiles

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from tests.tiue_kernels.triton.compile_kernels import Compilation, launches_of
+from tiue_kernels.triton.compilation import Compilation, launches_of
 from tiue_kernels.triton.cross_timestep_attention import (
     cross_timestep_attention_bwd,
     cross_timestep_attention_fwd,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 from tests.tiue_kernels.triton.compile_cases_attention import HALF, SINGLE, Call, run_launchers
-from tests.tiue_kernels.triton.compile_kernels import Compilation, launches_of
+from tiue_kernels.triton.compilation import Compilation, launches_of
 
 SIZES = {HALF: (160, 192, 200, 256), SINGLE: (256,)}
 DTYPES = {"float16": HALF, "float32": SINGLE}

@@ -10,7 +10,6 @@ from functools import partial
 
 import torch
 
-from tests.tiue_kernels.triton.compile_kernels import Compilation, launches_of
 from tiue_kernels.triton import (
     broadcast_add_group_norm_silu as broadcast_add,
 )
@@ -21,6 +20,7 @@ from tiue_kernels.triton import (
 from tiue_kernels.triton import (
     timestep_sum_group_norm_silu as timestep_sum,
 )
+from tiue_kernels.triton.compilation import Compilation, launches_of
 
 K, B, GROUPS = 4, 1, 32
 Maps = Callable[..., torch.Tensor]

@@ -198,15 +198,19 @@ def test_triton_half(name: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("runs", [1, 3])
 def test_runs_of_queries_add_up(runs: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "query_runs", lambda programs, blocks: (runs, -(-blocks // runs)))
+    monkeypatch.setattr(
+        kernels, "query_runs", lambda programs, blocks, wanted: (runs, -(-blocks // runs))
+    )
     check(kernels, CASES["many-queries"], torch.float32)
 
 
 def test_no_run_of_queries_is_empty() -> None:
     for programs in (1, 16, 200, 5000):
         for blocks in (1, 2, 7, 64, 1000):
-            runs, size = kernels.query_runs(programs, blocks)
-            assert runs * size >= blocks > (runs - 1) * size
+            for wanted in (80, 528):
+                runs, size = kernels.query_runs(programs, blocks, wanted)
+                assert runs * size >= blocks > (runs - 1) * size
+                assert runs == 1 or programs * (runs - 1) < wanted
 
 
 def test_blocks_hold_a_head() -> None:
