@@ -24,7 +24,8 @@ class OnePassSchedule:
         latent_coefficient: S.
         noise_coefficients: [K] float64, E_k.
         encoder_timestep: scalar tensor, the scheduler's first timestep; the encoder runs at it.
-        prediction_type: what the model outputs mean: "epsilon", "v_prediction" or "sample".
+        prediction_type: what the model outputs mean: "epsilon", "v_prediction", "sample" or
+            "flow_prediction" (the velocity, noise - data).
         init_noise_sigma: standard deviation of the initial latents.
         model_input_scale: what the model's input is multiplied by at the first timestep.
     """
@@ -39,7 +40,11 @@ class OnePassSchedule:
 
     @classmethod
     def from_scheduler(
-        cls, scheduler: Any, num_decoder_steps: int = 4, strength: float = 1.0
+        cls,
+        scheduler: Any,
+        num_decoder_steps: int = 4,
+        strength: float = 1.0,
+        mu: float | None = None,
     ) -> "OnePassSchedule":
         """Take S and E from a scheduler by stepping a copy of it on scalars, in float64.
 
@@ -49,6 +54,8 @@ class OnePassSchedule:
             num_decoder_steps: K.
             strength: part of the training noise levels, from the lowest up, that the timesteps are
                 spread over, as `begun_at`; 1 for all, which begin at pure noise.
+            mu: shift of the noise levels by the picture's size, for a flow-matching scheduler with
+                use_dynamic_shifting, as its `set_timesteps` takes it.
 
         Returns:
             The schedule.
@@ -75,11 +82,17 @@ class OnePassSchedule:
                     f"{type(scheduler).__name__} has {setting}=True, which is not linear: build "
                     f"it with {setting}=False"
                 )
+        dynamic = bool(config.get("use_dynamic_shifting"))
+        if dynamic != (mu is not None):
+            raise SchedulerError(
+                f"{type(scheduler).__name__} has use_dynamic_shifting={dynamic}: "
+                + ("give mu, the shift for the picture's size" if dynamic else "leave mu out")
+            )
         scheduler = begun_at(scheduler, strength, num_decoder_steps)
         try:
             # Tensors of inference_mode could not be trained with, and count no versions.
             with torch.inference_mode(False), torch.no_grad():
-                return cls._probe(scheduler, num_decoder_steps)
+                return cls._probe(scheduler, num_decoder_steps, {} if mu is None else {"mu": mu})
         except (InputError, SchedulerError):
             raise
         except Exception as error:
@@ -89,19 +102,25 @@ class OnePassSchedule:
             ) from error
 
     @classmethod
-    def _probe(cls, scheduler: Any, num_decoder_steps: int) -> "OnePassSchedule":
+    def _probe(
+        cls, scheduler: Any, num_decoder_steps: int, options: dict[str, float]
+    ) -> "OnePassSchedule":
         name = type(scheduler).__name__
         stepped = copy.deepcopy(scheduler)
-        stepped.set_timesteps(num_decoder_steps)
+        stepped.set_timesteps(num_decoder_steps, **options)
         timesteps = stepped.timesteps.clone()
         if len(timesteps) != num_decoder_steps:
             raise SchedulerError(
                 f"{name} wants {len(timesteps)} model outputs for {num_decoder_steps} steps;"
                 f" {_CURE}"
             )
-        init_noise_sigma = float(stepped.init_noise_sigma)
-        one = torch.ones((), dtype=torch.float64)
-        model_input_scale = copy.deepcopy(stepped).scale_model_input(one, timesteps[0]).item()
+        # Flow-matching schedulers begin at noise of deviation 1 and scale no input: they have
+        # neither name.
+        init_noise_sigma = float(getattr(stepped, "init_noise_sigma", 1.0))
+        model_input_scale = 1.0
+        if hasattr(stepped, "scale_model_input"):
+            one = torch.ones((), dtype=torch.float64)
+            model_input_scale = copy.deepcopy(stepped).scale_model_input(one, timesteps[0]).item()
 
         # The unit vectors give the coefficients; a map that clips, saturates or adds a constant
         # fails on zero or on large values.
@@ -133,7 +152,9 @@ class OnePassSchedule:
             # Copies: torch.compile would look at the sizes of what they are views of.
             noise_coefficients=coefficients[1:].clone(),
             encoder_timestep=timesteps[0].clone(),
-            prediction_type=scheduler.config.get("prediction_type", "epsilon"),
+            prediction_type=scheduler.config.get(
+                "prediction_type", "flow_prediction" if is_flow_matching(scheduler) else "epsilon"
+            ),
             init_noise_sigma=init_noise_sigma,
             model_input_scale=model_input_scale,
         )
@@ -308,6 +329,14 @@ def settings_of(scheduler: Any) -> tuple[Any, ...]:
     return (type(scheduler), *values)
 
 
+def is_flow_matching(scheduler: Any) -> bool:
+    """Whether a scheduler mixes data and noise as flow matching does: (1 - sigma) x + sigma z.
+
+    Lipman et al., "Flow Matching for Generative Modeling", 2023.
+    """
+    return hasattr(scheduler, "scale_noise")
+
+
 def _has_zero_snr(scheduler: Any) -> bool:
     levels = getattr(scheduler, "alphas_cumprod", None)
     return levels is not None and not levels[int(scheduler.timesteps[0])]
@@ -327,7 +356,8 @@ def _run(scheduler: Any, probes: torch.Tensor) -> tuple[torch.Tensor, bool]:
     with torch.random.fork_rng(devices=[]):
         state = torch.get_rng_state()
         for timestep, output in zip(scheduler.timesteps, outputs, strict=True):
-            scheduler.scale_model_input(sample, timestep)  # Euler complains when it is not asked
+            if hasattr(scheduler, "scale_model_input"):
+                scheduler.scale_model_input(sample, timestep)  # Euler complains if it is not asked
             sample = scheduler.step(output, timestep, sample, return_dict=False)[0]
         drew_noise = not torch.equal(state, torch.get_rng_state())
     return sample.flatten().double(), drew_noise

@@ -173,3 +173,39 @@ def test_a_nonlinear_step_is_noticed() -> None:
 def test_impossible_numbers_of_steps(steps: int) -> None:
     with pytest.raises(InputError, match=str(steps)):
         OnePassSchedule.from_scheduler(build("DDIMScheduler", DDIM), steps)
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+@pytest.mark.parametrize(
+    ("settings", "mu"),
+    [({}, None), ({"shift": 3.0}, None), ({"use_dynamic_shifting": True}, 0.8)],
+)
+def test_flow_matching_equals_the_schedulers_own_steps(settings, mu, steps):
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(**settings)
+    schedule = OnePassSchedule.from_scheduler(scheduler, steps, mu=mu)
+    assert schedule.prediction_type == "flow_prediction"
+    assert (schedule.init_noise_sigma, schedule.model_input_scale) == (1.0, 1.0)
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(2, 4, 3, 3, generator=generator)
+    outputs = torch.randn(steps, 2, 4, 3, 3, generator=generator)
+    scheduler.set_timesteps(steps, **({} if mu is None else {"mu": mu}))
+    sample = latents
+    for output, timestep in zip(outputs, scheduler.timesteps, strict=True):
+        sample = scheduler.step(output, timestep, sample).prev_sample
+    assert schedule.timesteps.equal(scheduler.timesteps)
+    assert relative_error(schedule.combine(latents, outputs), sample) <= 1e-6
+    # From pure noise to data: the velocities' weights add up to -1, the noise's is 1.
+    assert schedule.latent_coefficient == pytest.approx(1, abs=1e-6)
+    assert schedule.noise_coefficients.sum().item() == pytest.approx(-1, abs=1e-6)
+
+
+def test_a_flow_matching_scheduler_says_what_it_needs():
+    flow = diffusers.FlowMatchEulerDiscreteScheduler
+    with pytest.raises(SchedulerError, match="give mu"):
+        OnePassSchedule.from_scheduler(flow(use_dynamic_shifting=True), 4)
+    with pytest.raises(SchedulerError, match="leave mu out"):
+        OnePassSchedule.from_scheduler(flow(), 4, mu=1.0)
+    with pytest.raises(SchedulerError, match="draws noise"):
+        OnePassSchedule.from_scheduler(flow(stochastic_sampling=True), 4)
+    with pytest.raises(SchedulerError, match="no noise levels"):
+        OnePassSchedule.from_scheduler(flow(), 4, strength=0.5)
