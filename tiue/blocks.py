@@ -3,14 +3,16 @@
 A layer is taken apart, into the block functions of `tiue_kernels.functional`, only when it is
 plain: of a class that they stand for, without hooks, called through its own `forward`. Any other
 is called whole, over repeated shared tensors: right, only slower, and said once in the log.
+What may read other rows of its batch than its own is called once a timestep, with B rows.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from diffusers.models.attention_processor import Attention
 from torch import nn
 
 from tiue_kernels import functional
@@ -88,6 +90,12 @@ def run_resnet(
 
 def run_transformer(transformer: Any, hidden: torch.Tensor, context: SharedContext) -> torch.Tensor:
     """[K*B, C, H, W] -> [K*B, C, H, W], text keys and values once for all timesteps."""
+    if context.timesteps > 1 and mixes_rows(transformer):
+        context.tell_once(transformer)
+        alone = replace(context, timesteps=1, _repeated=None)
+        rows = hidden.unflatten(0, (context.timesteps, -1))
+        return torch.cat([run_transformer(transformer, own, alone) for own in rows])
+
     kwargs = context.cross_attention_kwargs
     plain = is_plain(transformer, "Transformer2DModel") and transformer.is_input_continuous
     if kwargs or not plain:
@@ -154,6 +162,20 @@ def _transformer_block(block: Any, tokens: torch.Tensor, context: SharedContext)
         context.encoder_attention_mask,
         recompute_feed_forward=context.recompute_feed_forward,
     )
+
+
+def mixes_rows(module: nn.Module) -> bool:
+    """Whether an attention processor inside may read other rows of the batch than its own.
+
+    Those of diffusers' models keep to their rows, but for perturbed-attention guidance, which tells
+    the guided rows from the rest by their place. What others wrote may do anything.
+    """
+    for part in module.modules():
+        if isinstance(part, Attention):
+            kind = type(part.processor)
+            if "PAG" in kind.__name__ or not kind.__module__.startswith("diffusers.models."):
+                return True
+    return False
 
 
 def all_rows(tensor: torch.Tensor, time_embedding: torch.Tensor) -> torch.Tensor:

@@ -1,10 +1,11 @@
 """The up blocks for K timesteps over shared encoder features."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from tiue.blocks import SharedContext, all_rows, call, run_resnet, run_transformer
+from tiue.blocks import SharedContext, all_rows, call, mixes_rows, run_resnet, run_transformer
 from tiue_kernels import functional
 from tiue_kernels.layers import is_plain, repeat_rows, tell_once
 from tiue_kernels.nn import FusedUpsample2D
@@ -35,6 +36,16 @@ def decode_up_block(
     freeu = all(getattr(block, name, None) for name in ("s1", "s2", "b1", "b2"))
     if freeu or not is_plain(block, "UpBlock2D", "CrossAttnUpBlock2D"):
         tell_once(block)
+        if timesteps > 1 and mixes_rows(block):
+            alone = replace(context, timesteps=1, _repeated=None)
+            rows = (all_rows(hidden, time_embedding), time_embedding)
+            parts = zip(*(part.unflatten(0, (timesteps, -1)) for part in rows), strict=True)
+            return torch.cat(
+                [
+                    decode_up_block(block, own, skips, own_embedding, alone, upsample_size)
+                    for own, own_embedding in parts
+                ]
+            )
         arguments = context.repeated if getattr(block, "has_cross_attention", False) else {}
         return block(
             hidden_states=all_rows(hidden, time_embedding),

@@ -43,6 +43,7 @@ def is_untouched(module: Any) -> bool:
             "_forward_pre_hooks",
             "_backward_hooks",
             "_backward_pre_hooks",
+            "_compiled_call_impl",  # of its own `compile`
         )
     )
 

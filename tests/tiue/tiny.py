@@ -1,6 +1,7 @@
 """Tiny Stable Diffusion parts of the classes that a full-size folder holds, random weights."""
 
 import string
+from typing import Any
 
 import torch
 from diffusers import (
@@ -11,7 +12,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 TEXT_DIM = 32
 TEXT_LENGTH = 16
@@ -25,7 +26,9 @@ def tiny_tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=TEXT_LENGTH)
 
 
-def tiny_text_encoder(vocab_size: int) -> CLIPTextModel:
+def tiny_text_encoder(
+    vocab_size: int, cls: type[CLIPTextModel] | type[CLIPTextModelWithProjection] = CLIPTextModel
+) -> CLIPTextModel | CLIPTextModelWithProjection:
     """A CLIP text model of two layers of width 32."""
     config = CLIPTextConfig(
         vocab_size=vocab_size,
@@ -37,8 +40,9 @@ def tiny_text_encoder(vocab_size: int) -> CLIPTextModel:
         bos_token_id=vocab_size - 2,
         eos_token_id=vocab_size - 1,
         pad_token_id=vocab_size - 1,
+        projection_dim=TEXT_DIM,
     )
-    return CLIPTextModel(config).eval()
+    return cls(config).eval()
 
 
 def tiny_unet(**overrides) -> UNet2DConditionModel:
@@ -54,6 +58,20 @@ def tiny_unet(**overrides) -> UNet2DConditionModel:
         "norm_num_groups": 4,
     }
     return UNet2DConditionModel(**config | overrides).eval()
+
+
+def tiny_xl_unet() -> UNet2DConditionModel:
+    """A UNet of two levels that wants SDXL's pooled text and sizes, text of width 64."""
+    return tiny_unet(
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 2),
+        cross_attention_dim=2 * TEXT_DIM,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + TEXT_DIM,
+    )
 
 
 def tiny_vae() -> AutoencoderKL:
@@ -109,3 +127,19 @@ def tiny_pipeline(seed: int = 0, **components) -> StableDiffusionPipeline:
     pipe = StableDiffusionPipeline(**parts | components, requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def tiny_xl_parts(seed: int = 0) -> dict[str, Any]:
+    """The components of a `StableDiffusionXLPipeline`."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        tokenizer = tiny_tokenizer()
+        return {
+            "vae": tiny_vae(),
+            "text_encoder": tiny_text_encoder(len(tokenizer)),
+            "text_encoder_2": tiny_text_encoder(len(tokenizer), CLIPTextModelWithProjection),
+            "tokenizer": tokenizer,
+            "tokenizer_2": tiny_tokenizer(),
+            "unet": tiny_xl_unet(),
+            "scheduler": tiny_scheduler(),
+        }
