@@ -1,0 +1,223 @@
+"""Calls of the operators with drawn shapes, strides, types and values, on two backends."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+
+from tiue_kernels import dispatch, functional, use_backend
+
+Tensors = tuple[torch.Tensor, ...]
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# Powers of two that values are multiplied by: squares and sums of them stay within the type.
+SCALES = {torch.float32: 40, torch.float16: 4, torch.bfloat16: 40}
+# Sums of a few hundred terms in another order, relative to the largest value of the result.
+FLOOR = 256
+
+
+@dataclass
+class Call:
+    """One call: tensors by name, and the operator on them."""
+
+    operator: str
+    tensors: dict[str, torch.Tensor]
+    run: Callable[..., Any]
+
+    def on(self, backend: str, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
+        """Outputs and gradients by name, the tensors in another type where one is given."""
+        leaves = {
+            name: (x if dtype is None else x.to(dtype)).detach().requires_grad_()
+            for name, x in self.tensors.items()
+        }
+        with use_backend(backend):
+            outs = self.run(**leaves)
+            outs = outs if isinstance(outs, tuple) else (outs,)
+            grads = [torch.linspace(-1, 1, x.numel()).reshape(x.shape).to(x.dtype) for x in outs]
+            slopes = torch.autograd.grad(outs, list(leaves.values()), grads, allow_unused=True)
+        named = {f"out {i}": x.detach() for i, x in enumerate(outs)}
+        return named | {
+            f"grad of {name}": x for name, x in zip(leaves, slopes, strict=True) if x is not None
+        }
+
+
+@st.composite
+def calls(draw: Callable[..., Any], backend: str) -> Call:
+    """Any operator that a backend has, on anything that its checks let pass."""
+    names = [name for name in MAKERS if backend in dispatch.TABLE[name]]
+    name = draw(st.sampled_from(names))
+    dtype = draw(st.sampled_from(DTYPES))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    power = SCALES[dtype]
+    special = draw(st.sampled_from([None, None, 0.0, math.inf, -math.inf, math.nan]))
+
+    def tensor(*shape: int, plain: bool = False) -> torch.Tensor:
+        x = torch.randn(shape, generator=generator)
+        if not plain:
+            kind = draw(st.sampled_from(["noise", "noise", "zero", "constant", "far"]))
+            scale = 2.0 ** draw(st.integers(-power, power))
+            x = {"noise": x, "zero": 0 * x, "constant": 0 * x + 1.1, "far": x + 30}[kind] * scale
+            if special is not None and x.numel():
+                x.view(-1)[draw(st.integers(0, x.numel() - 1))] = special
+        x = x.to(dtype)
+        layout = draw(st.sampled_from(["contiguous", "contiguous", "channels_last", "sliced"]))
+        if layout == "channels_last" and x.ndim == 4:
+            return x.to(memory_format=torch.channels_last)
+        if layout == "sliced" and x.ndim > 1:
+            return torch.cat([x, x], -1)[..., : shape[-1]]
+        return x
+
+    def size(most: int, least: int = 1) -> int:
+        return draw(st.integers(least, most))
+
+    return MAKERS[name](tensor, size)
+
+
+def _shared_skip(tensor: Any, size: Any) -> Call:
+    timesteps, batch, groups, width = size(3), size(2), size(3), size(4)
+    channels = groups * width
+    first = size(channels)
+    space = (size(4), size(5))
+    return Call(
+        "shared_skip_group_norm_silu",
+        {
+            "hidden": tensor(timesteps * batch, first, *space),
+            "skip": tensor(batch, channels - first, *space),
+            "weight": tensor(channels, plain=True),
+            "bias": tensor(channels, plain=True),
+        },
+        lambda hidden, skip, weight, bias: functional.shared_skip_group_norm_silu(
+            hidden, skip, groups, weight, bias
+        ),
+    )
+
+
+def _broadcast_add(tensor: Any, size: Any) -> Call:
+    timesteps, batch, groups = size(3), size(2), size(3)
+    channels = groups * size(4)
+    space = (size(4), size(5))
+    return Call(
+        "broadcast_add_group_norm_silu",
+        {
+            "hidden": tensor(timesteps * batch, channels, *space),
+            "shared": tensor(batch, channels, *space),
+            "time_embedding": tensor(timesteps * batch, channels),
+            "weight": tensor(channels, plain=True),
+            "bias": tensor(channels, plain=True),
+        },
+        lambda hidden, shared, time_embedding, weight, bias: (
+            functional.broadcast_add_group_norm_silu(
+                hidden, shared, time_embedding, groups, weight, bias
+            )
+        ),
+    )
+
+
+def _timestep_sum(tensor: Any, size: Any) -> Call:
+    timesteps, batch, groups = size(3), size(2), size(3)
+    channels = groups * size(4)
+    return Call(
+        "timestep_sum_group_norm_silu",
+        {
+            "hidden": tensor(timesteps * batch, channels, size(4), size(5)),
+            "weight": tensor(channels, plain=True),
+            "bias": tensor(channels, plain=True),
+        },
+        lambda hidden, weight, bias: functional.timestep_sum_group_norm_silu(
+            hidden, torch.linspace(-2, 1, timesteps, dtype=torch.float64), groups, weight, bias
+        ),
+    )
+
+
+def _attention(tensor: Any, size: Any) -> Call:
+    timesteps, batch, heads, width = size(3), size(2), size(2), 8 * size(3)
+    keys = size(40)
+    tensors = {
+        "query": tensor(timesteps * batch, size(20), heads * width),
+        "key": tensor(batch, keys, heads * width),
+        "value": tensor(batch, keys, heads * width),
+    }
+    masked = size(4) == 4
+    if masked:
+        bias = tensor(batch, 1, keys, plain=True)
+        bias[0, 0, : size(keys)] = -math.inf
+        tensors["bias"] = bias
+    return Call(
+        "cross_timestep_attention",
+        tensors,
+        lambda query, key, value, bias=None: functional.cross_timestep_attention(
+            query, key, value, heads, attention_bias=bias
+        ),
+    )
+
+
+def _geglu(tensor: Any, size: Any) -> Call:
+    return Call("geglu", {"x": tensor(size(3), size(4), 2 * size(20))}, functional.geglu)
+
+
+def _combine(tensor: Any, size: Any) -> Call:
+    timesteps, shape = size(4), (size(2), 4, size(4), size(4))
+    return Call(
+        "one_pass_combine",
+        {"latents": tensor(*shape), "noise_pred": tensor(timesteps, *shape)},
+        lambda latents, noise_pred: functional.one_pass_combine(
+            latents, noise_pred, 4.2, torch.linspace(-2, 1, timesteps, dtype=torch.float64)
+        ),
+    )
+
+
+def _kl(tensor: Any, size: Any) -> Call:
+    shape = (size(3), size(2), 4, size(5), size(5))
+    return Call("noise_kl", {"noise_pred": tensor(*shape)}, functional.noise_kl)
+
+
+MAKERS: dict[str, Callable[..., Call]] = {
+    "shared_skip_group_norm_silu": _shared_skip,
+    "broadcast_add_group_norm_silu": _broadcast_add,
+    "timestep_sum_group_norm_silu": _timestep_sum,
+    "cross_timestep_attention": _attention,
+    "geglu": _geglu,
+    "one_pass_combine": _combine,
+    "noise_kl": _kl,
+}
+
+
+def faults(call: Call, backend: str) -> list[str]:
+    """What a backend answers otherwise than the reference does.
+
+    Finite values within twice the reference's own error against float64 and a rounding floor;
+    infinities and NaN where the reference has some, and nowhere else.
+
+    Returns:
+        One line a fault.
+    """
+    got, by_torch, exact = call.on(backend), call.on("reference"), None
+    try:
+        exact = call.on("reference", torch.float64)
+    except dispatch.BackendError:  # pragma: no cover
+        return ["the reference takes no float64"]
+    found = []
+    for name, value in got.items():
+        rounded, answer = by_torch[name].double(), exact[name]
+        value = value.double()
+        if (value.shape, got[name].dtype) != (answer.shape, by_torch[name].dtype):
+            found.append(f"{call.operator} {name}: {list(value.shape)} {got[name].dtype}")
+            continue
+        finite = rounded.isfinite() & answer.isfinite()
+        if not torch.equal(value.isfinite() & answer.isfinite(), finite):
+            count = int((value.isfinite() != rounded.isfinite()).sum())
+            found.append(f"{call.operator} {name}: {count} values finite on one backend alone")
+            continue
+        if not finite.any():
+            continue
+        eps = torch.finfo(got[name].dtype).eps
+        error = (value - answer)[finite].abs().max().item()
+        allowed = 2 * (rounded - answer)[finite].abs().max().item()
+        allowed += FLOOR * eps * max(1e-30, answer[finite].abs().max().item())
+        if not error <= allowed:
+            found.append(f"{call.operator} {name}: off by {error:.3g}, allowed {allowed:.3g}")
+    return found
