@@ -14,6 +14,7 @@ from tiue.checkpoints import (
     check_unet_folder,
 )
 from tiue.errors import CheckpointError
+from tiue.single_file import load_single_file
 from tiue.weights import load_whole
 
 T = TypeVar("T", bound="LoadableUNet")
@@ -56,6 +57,31 @@ class LoadableUNet(UNet2DConditionModel):
         except (OSError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"no UNet could be loaded from {name}: {error}") from error
         unet = load_whole(super().from_pretrained, name, "unet", **kwargs)
+        check_architecture(unet)
+        return unet
+
+    @classmethod
+    def from_single_file(
+        cls: type[T], pretrained_model_link_or_path_or_dict: Any, **kwargs: Any
+    ) -> T:
+        """Load the UNet of a Stable Diffusion checkpoint that is one .safetensors file.
+
+        Args:
+            pretrained_model_link_or_path_or_dict: The file or its link, or its weights.
+            **kwargs: As in diffusers (`config`, `subfolder`, `torch_dtype`, ...).
+
+        Returns:
+            The student, in eval mode.
+
+        Raises:
+            CheckpointError: No such file, a pickle, damaged, or of another architecture.
+            ArchitectureError: A UNet without cross-attention.
+        """
+        source = pretrained_model_link_or_path_or_dict
+        if isinstance(source, dict):
+            unet = super().from_single_file(source, **kwargs)
+        else:
+            unet = load_single_file(super().from_single_file, source, **kwargs)
         check_architecture(unet)
         return unet
 

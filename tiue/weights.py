@@ -52,6 +52,7 @@ def load_whole(
         CheckpointError: A weight is absent or of another shape, or the files cannot be read.
     """
     kwargs.setdefault("use_safetensors", True)
+    _check_variant(Path(source, kwargs.get("subfolder") or ""), kwargs.get("variant"), part)
     try:
         with _unsaid():
             model, report = load(
@@ -65,6 +66,18 @@ def load_whole(
         ) from error
     check_report(report, source, part)
     return model
+
+
+def _check_variant(folder: Path, variant: str | None, part: str) -> None:
+    """See that a folder of weights is not one of a variant that nobody asked for."""
+    names = [path.name for path in folder.glob("*.safetensors")] if folder.is_dir() else []
+    found = [re.fullmatch(r".*?\.([^.]+?)(-\d+-of-\d+)?\.safetensors", name) for name in names]
+    variants = sorted({match[1] for match in found if match is not None})
+    if variant is None and variants and all(found):
+        raise CheckpointError(
+            f"the {part} in {folder} is there as variant {' and '.join(variants)} alone: load it"
+            f" with variant={variants[0]!r}"
+        )
 
 
 @contextmanager
@@ -97,6 +110,11 @@ def check_report(report: Mapping[str, Any], source: str | os.PathLike[str], part
         CheckpointError: Keys are missing, or of another shape.
     """
     missing = sorted(report.get("missing_keys") or ())
+    if any(".base_layer." in key for key in report.get("unexpected_keys") or ()):
+        raise CheckpointError(
+            f"the {part} of {source} was saved with a LoRA beside its weights: save it again after"
+            " fuse_lora() and unload_lora_weights(), and the LoRA alone with save_lora_weights()"
+        )
     shapes = sorted(report.get("mismatched_keys") or ())
     if missing:
         raise CheckpointError(

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 
-from tiue.checkpoints import pickle_message
 from tiue.errors import CheckpointError, InputError, TiUEError
 from tiue.pipelines import checkpoint
 from tiue.pipelines.one_pass import OnePass
 from tiue.pipelines.scheduler import with_one_pass
+from tiue.single_file import load_single_file
 from tiue.unet import TiUEUNet
 from tiue.weights import check_classes, load_models
 
@@ -89,18 +89,16 @@ class LoadableOnePass(OnePass):
 
         Args:
             pretrained_model_link_or_path: The file or its link.
-            **kwargs: As in diffusers.
+            **kwargs: As in diffusers; `config` names a folder or hub id of the same family, whose
+                configuration and tokenizer are taken in the place of the hub's.
 
         Returns:
             The pipeline, on the CPU.
 
         Raises:
-            CheckpointError: The file is a pickle.
+            CheckpointError: No such file, a pickle, damaged, or of another architecture.
         """
-        model = os.fspath(pretrained_model_link_or_path)
-        if not model.endswith(".safetensors"):
-            raise CheckpointError(pickle_message(model))
-        pipe = super().from_single_file(model, **kwargs)
+        pipe = load_single_file(super().from_single_file, pretrained_model_link_or_path, **kwargs)
         if "scheduler" not in kwargs:
             pipe.scheduler = with_one_pass(pipe.scheduler)
         return pipe
@@ -144,21 +142,3 @@ class LoadableOnePass(OnePass):
         if index.get("unet", [None])[-1] == TiUEUNet.__name__:
             index["unet"] = ["diffusers", UNet2DConditionModel.__name__]
         return result
-
-    def load_lora_weights(self, *args: Any, **kwargs: Any) -> None:
-        """As in diffusers; nothing of a LoRA that does not fit stays behind.
-
-        Raises:
-            CheckpointError: It was made for a model of other sizes.
-        """
-        try:
-            super().load_lora_weights(*args, **kwargs)
-        except RuntimeError as error:
-            lines = [line.strip() for line in str(error).splitlines()]
-            mismatches = [line for line in lines if line.startswith("size mismatch")]
-            if not mismatches:
-                raise
-            raise CheckpointError(
-                "this LoRA was made for a model of other sizes (SD 1.x, SD 2.x and SDXL differ):"
-                f" {mismatches[0]}"
-            ) from error

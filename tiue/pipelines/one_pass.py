@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 
 from tiue.errors import ArchitectureError, InputError
 from tiue.pipelines import inputs
+from tiue.pipelines.adapters import SafeAdapters
 from tiue.pipelines.parts import CompiledParts, Part, UNetPart, VAEPart, alone, is_compiled
 from tiue.pipelines.scheduler import OnePassScheduler, with_one_pass
 from tiue.schedule import OnePassSchedule, settings_of
@@ -71,7 +72,7 @@ def one_pass(pipe: DiffusionPipeline, num_decoder_steps: int = 4) -> Any:
     return made
 
 
-class OnePass(_Pipeline):
+class OnePass(SafeAdapters, _Pipeline):
     """What turns a diffusers pipeline, which it is inherited beside, into one of one pass.
 
     A call runs on a shallow copy of the pipeline that alone knows the call's schedule: nothing that
