@@ -1,0 +1,1 @@
+"""`tiue generate`: what the command line asks for, as a pipeline and its pictures."""
