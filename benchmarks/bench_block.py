@@ -19,7 +19,7 @@ from benchmarks.interleave import Rival
 from benchmarks.models import draw_parameters
 from benchmarks.race import Case, Race, relative_difference, short
 from benchmarks.shapes import Attention, Resnet, Transformer, decoder
-from tiue_kernels import functional
+from tiue_kernels.nn import resnet_block, transformer_block
 
 LATENTS = (64,)
 FORMS = ("published", "tiue")
@@ -72,7 +72,7 @@ def rivals_of(block: str, case: Case, device: torch.device, dtype: torch.dtype) 
         skip, embedding = draw(batch, size.skip, size.height, size.width), draw(steps * batch, 1280)
         return {
             "published": lambda: resnet(torch.cat([hidden, repeat(skip)], dim=1), embedding),
-            "tiue": partial(functional.resnet_block, resnet, hidden, embedding, skip),
+            "tiue": partial(resnet_block, resnet, hidden, embedding, skip),
         }
     size = [own for own in sizes if isinstance(own, Transformer)][-1]
     heads = [own for own in sizes if isinstance(own, Attention)][-1].heads
@@ -86,7 +86,7 @@ def rivals_of(block: str, case: Case, device: torch.device, dtype: torch.dtype) 
     text = draw(batch, NUM_TOKENS, width)
     return {
         "published": lambda: transformer(tokens, encoder_hidden_states=repeat(text)),
-        "tiue": partial(functional.transformer_block, transformer, tokens, text),
+        "tiue": partial(transformer_block, transformer, tokens, text),
     }
 
 

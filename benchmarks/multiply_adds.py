@@ -23,7 +23,7 @@ from benchmarks.configs import CONFIGS
 from benchmarks.markdown import table
 from benchmarks.models import random_inputs, stable_diffusion_scheduler
 from tiue import OnePassSchedule, TiUEUNet
-from tiue_kernels.reference.upsample_conv2d import LEAST_PIXELS
+from tiue_kernels.ops.upsample_conv2d import LEAST_PIXELS
 
 FORMS = ("published", "tiue", "full-steps", "one-step")
 PARTS = ("encoder", "mid", "decoder")
@@ -135,6 +135,7 @@ FORMULAS: dict[Any, Callable[..., Count]] = {
     tiue.cross_timestep_attention_fwd: lambda out, *args: _attention(out[0], *args),
     tiue.shared_skip_group_norm_silu_conv2d_fwd: _split_convolution,
     tiue.broadcast_add_group_norm_silu_conv2d_fwd: _norm_convolution,
+    tiue.conv2d_fwd: lambda out, x, weight, *_: _convolved(out, weight, x.shape[1]),
     tiue.upsample_conv2d_fwd: _upsampled_convolution,
     tiue.group_norm_linear_fwd: _norm_linear,
     tiue.layer_norm_linear_fwd: _norm_linears,

@@ -249,8 +249,8 @@ def _noted_choices(chosen: set[str]) -> Iterator[None]:
     """Adds the backends that dispatch chooses inside."""
     select = dispatch.select
 
-    def note(operator: str, args: tuple[Any, ...]) -> str:
-        backend = select(operator, args)
+    def note(operator: str, direction: str, args: tuple[Any, ...]) -> str:
+        backend = select(operator, direction, args)
         chosen.add(backend)
         return backend
 

@@ -30,7 +30,7 @@ from torch.utils._pytree import tree_leaves
 import tiue_kernels.cuda
 from benchmarks.problem import size
 from tiue_kernels import dispatch
-from tiue_kernels.ops._library import COMPOSED
+from tiue_kernels.ops._library import OPERATORS
 
 DEVICE = torch.device("cuda", 0)
 CAPABILITY = (9, 0)
@@ -301,7 +301,8 @@ def _scaled_dot_product_attention(
 
 def _implementation(operator: Any) -> Callable[..., Any]:
     """What the library runs for one of its operators, whatever the device."""
-    return COMPOSED.get(operator) or functools.partial(dispatch.call, operator._opname)
+    name, _, direction = operator._opname.rpartition("_")
+    return OPERATORS[name].launchers[direction]
 
 
 def _on_gpu(leaf: Any) -> bool:

@@ -6,11 +6,9 @@ import copy
 import importlib.util
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
-from unittest import mock
 
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
@@ -20,7 +18,7 @@ from benchmarks.interleave import Rival
 from benchmarks.models import random_inputs, random_unet, stable_diffusion_scheduler
 from benchmarks.race import Case
 from tiue import OnePassSchedule, TiUEUNet
-from tiue_kernels import cpu, winograd
+from tiue_kernels import cpu, use_backend
 
 
 class NotRunError(Exception):
@@ -164,7 +162,7 @@ def _tiue_direct(setting: Setting) -> Rival:
     run = _tiue(setting)
 
     def direct() -> object:
-        with _direct_convolutions():
+        with use_backend(conv2d="reference"):
             return run()
 
     return direct
@@ -191,16 +189,6 @@ def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
         raise NotRunError("torch.compile needs g++ on a CPU")
     torch._dynamo.reset()
     return torch.compile(function, mode="max-autotune", dynamic=False)
-
-
-@contextmanager
-def _direct_convolutions() -> Iterator[None]:
-    def refuses(*_: object) -> bool:
-        return False
-
-    # No Mock: it would keep the arguments of every call, and with them all activations.
-    with mock.patch.object(winograd, "serves", refuses):
-        yield
 
 
 def _flat(inputs: dict[str, Any]) -> Iterator[torch.Tensor]:

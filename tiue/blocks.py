@@ -1,6 +1,6 @@
 """Resnets and transformers of the encoder and the decoder, taken apart as far as is exact.
 
-A layer is taken apart, into the block functions of `tiue_kernels.functional`, only when it is
+A layer is taken apart, into the block functions of `tiue_kernels.nn`, only when it is
 plain: of a class that they stand for, without hooks, called through its own `forward`. Any other
 is called whole, over repeated shared tensors: right, only slower, and said once in the log.
 What may read other rows of its batch than its own is called once a timestep, with B rows.
@@ -16,14 +16,14 @@ from diffusers.models.attention_processor import Attention
 from torch import nn
 
 from tiue_kernels import functional
-from tiue_kernels.layers import (
-    is_affine_group_norm,
-    is_plain,
-    repeat_rows,
-    tell_once,
+from tiue_kernels.nn import (
+    FusedBasicTransformerBlock,
+    FusedResnetBlock2D,
+    resnet_block,
+    transformer_block,
 )
-from tiue_kernels.low_rank import Weights, weights_of, weights_of_conv
-from tiue_kernels.nn import FusedBasicTransformerBlock, FusedResnetBlock2D
+from tiue_kernels.nn.layers import is_affine_group_norm, is_plain, repeat_rows, tell_once
+from tiue_kernels.nn.low_rank import Weights, weights_of, weights_of_conv
 
 
 @dataclass
@@ -80,7 +80,7 @@ def run_resnet(
 ) -> torch.Tensor:
     """hidden of K*B or B rows, and in the decoder a skip [B, C_s, H, W] -> [K*B, C_out, H, W]."""
     if FusedResnetBlock2D.stands_for(resnet):
-        return functional.resnet_block(resnet, hidden, time_embedding, skip)
+        return resnet_block(resnet, hidden, time_embedding, skip)
     if skip is None:
         return resnet(hidden, time_embedding)
     tell_once(resnet)
@@ -154,7 +154,7 @@ def _transformer_block(block: Any, tokens: torch.Tensor, context: SharedContext)
     if not FusedBasicTransformerBlock.stands_for(block):
         context.tell_once(block)
         return block(tokens, **context.repeated)
-    return functional.transformer_block(
+    return transformer_block(
         block,
         tokens,
         context.encoder_hidden_states,

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 
 from tiue.blocks import SharedContext, all_rows, call, mixes_rows, run_resnet, run_transformer
-from tiue_kernels import functional
-from tiue_kernels.layers import is_plain, repeat_rows, tell_once
 from tiue_kernels.nn import FusedUpsample2D
+from tiue_kernels.nn import upsampler as run_upsampler
+from tiue_kernels.nn.layers import is_plain, repeat_rows, tell_once
 
 
 def decode_up_block(
@@ -65,7 +65,7 @@ def decode_up_block(
 
     for upsampler in block.upsamplers or ():
         if FusedUpsample2D.stands_for(upsampler):
-            hidden = functional.upsampler(upsampler, hidden, upsample_size)
+            hidden = run_upsampler(upsampler, hidden, upsample_size)
         else:
             hidden = upsampler(hidden, upsample_size)
     return hidden

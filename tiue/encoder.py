@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from tiue.blocks import SharedContext, call, run_resnet, run_transformer
-from tiue_kernels.layers import is_plain
+from tiue_kernels.nn.layers import is_plain
 
 
 def encode_down_block(

@@ -22,8 +22,9 @@ from tiue.schedule import OnePassSchedule
 from tiue.stages import untimed
 from tiue.unet_loading import LoadableUNet
 from tiue_kernels import functional
-from tiue_kernels.layers import is_plain, repeat_rows
-from tiue_kernels.low_rank import weights_of
+from tiue_kernels.nn import norm_silu_conv
+from tiue_kernels.nn.layers import is_plain, repeat_rows
+from tiue_kernels.nn.low_rank import weights_of
 
 
 class TiUEUNet(LoadableUNet):
@@ -169,7 +170,7 @@ class TiUEUNet(LoadableUNet):
         def last(hidden: torch.Tensor) -> torch.Tensor:
             if norm is None:
                 return conv(hidden)
-            return functional.norm_silu_conv(norm, self.conv_act, conv, hidden)
+            return norm_silu_conv(norm, self.conv_act, conv, hidden)
 
         kwargs = features.cross_attention_kwargs
         out = self._decode(features, timesteps, last, cross_attention_kwargs=kwargs)
@@ -219,6 +220,7 @@ class TiUEUNet(LoadableUNet):
                 *(hidden, schedule.noise_coefficients, norm.num_groups),
                 *(norm.weight, norm.bias, norm.eps),
             )
+            # Again: the LoRA scale of this call is in force now.
             scaled, conv = weights_of(self.conv_out, nn.Conv2d) or weights, weights.layer
             # A product of tensors, at least float32: a number would be read from the device, which
             # the host would wait for.

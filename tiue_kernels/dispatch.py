@@ -1,7 +1,7 @@
 """Which implementation of an operator runs: CUDA C++, Triton, the CPU library or reference.
 
-Tensors take the first backend of `PREFERENCE` that the table, the installation and the device
-allow, those on a CPU the first of `ON_CPU`. `use_backend` or the environment variable
+Tensors take the first backend of their operator's row that installation and device allow, those on
+a CPU the first of `ON_CPU`. `use_backend` or the environment variable
 TIUE_BACKEND forces one, or an order of several; a call that none of them can serve raises with
 every reason.
 """
@@ -13,7 +13,7 @@ import importlib
 import importlib.util
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -35,6 +35,11 @@ class BackendError(RuntimeError):
     """A forced backend cannot serve a call; the message lists every reason."""
 
 
+# (direction, arguments by their names in the schema, compute capability of the device, (0, 0) for a
+# CPU) to the reason why not, or None.
+Limit = Callable[[str, Mapping[str, Any], tuple[int, int]], "str | None"]
+
+
 @dataclass(frozen=True)
 class Capability:
     """What one backend's implementation of one operator takes.
@@ -43,14 +48,27 @@ class Capability:
         dtypes: of the data tensors; parameters of a norm may be of another floating type.
         layouts: memory formats that are read in place. Others are copied first.
         compute_capability: the least that a GPU needs, (0, 0) where the backend needs no GPU.
-        limit: (arguments of the call, compute capability of the device, (0, 0) for a CPU) to the
-            reason why not, or None; forward and backward arguments both.
+        limit: what else a call must keep.
+        missing: why what it needs is not installed, or None.
     """
 
     dtypes: frozenset[torch.dtype] = HALF_AND_SINGLE
     layouts: frozenset[str] = LAYOUTS
     compute_capability: tuple[int, int] = (8, 0)
-    limit: Callable[[tuple[Any, ...], tuple[int, int]], str | None] | None = None
+    limit: Limit | None = None
+    missing: Callable[[], str | None] | None = None
+
+
+KERNEL = Capability()
+ANYWHERE = Capability(dtypes=ANY_FLOAT, compute_capability=(0, 0))
+
+# operator -> backend -> what it takes; a backend that is absent has no implementation. Each
+# operator's row stands in its declaration, in `tiue_kernels.ops`.
+TABLE: dict[str, dict[str, Capability]] = {}
+# operator -> direction -> names of the launchers' arguments
+ARGUMENTS: dict[str, dict[str, tuple[str, ...]]] = {}
+# public operator without kernels of its own -> those that it is made of, torch's own apart
+MADE_OF: dict[str, tuple[str, ...]] = {}
 
 
 def block_memory(compute_capability: tuple[int, int]) -> int:
@@ -60,96 +78,41 @@ def block_memory(compute_capability: tuple[int, int]) -> int:
     return (227 if compute_capability[0] in (9, 10, 11) else 99) << 10
 
 
-def _head_sizes(
-    most_in_99_kib: dict[int, int],
-) -> Callable[[tuple[Any, ...], tuple[int, int]], str | None]:
-    """The limit of attention.
-
-    Args:
-        most_in_99_kib: bytes of an element to the largest head whose backward pass a block with
-            that little memory holds; every forward pass fits.
-    """
-
-    def limit(args: tuple[Any, ...], compute_capability: tuple[int, int]) -> str | None:
-        is_backward = isinstance(args[3], torch.Tensor)
-        query = args[1] if is_backward else args[0]
-        num_heads = next(arg for arg in args if isinstance(arg, int))
-        size = query.shape[2] // num_heads
-        if size % 8 or size > 256:
-            return f"head size {size} is no multiple of 8 up to 256"
-        has_little = compute_capability > (0, 0) and block_memory(compute_capability) <= 99 << 10
-        if is_backward and has_little and size > most_in_99_kib[query.element_size()]:
-            return (
-                f"the backward pass of head size {size} needs more than the 99 KiB of shared "
-                "memory that a block has on this device"
-            )
-        return None
-
-    return limit
-
-
-def _forward_without_bias(args: tuple[Any, ...], compute_capability: tuple[int, int]) -> str | None:
-    """The limit of attention on a CPU."""
-    if isinstance(args[3], torch.Tensor):
-        return "there is no backward pass"
-    *_, attention_bias = args
-    return None if attention_bias is None else "attention_bias is not supported"
-
-
-_ANYWHERE = Capability(dtypes=ANY_FLOAT, compute_capability=(0, 0))
-_KERNEL = Capability()
-
-# operator -> backend -> what it takes; a backend that is absent has no implementation.
-TABLE: dict[str, dict[str, Capability]] = {
-    "shared_skip_group_norm_silu": {"cuda": _KERNEL, "triton": _KERNEL, "reference": _ANYWHERE},
-    "broadcast_add_group_norm_silu": {"triton": _KERNEL, "reference": _ANYWHERE},
-    "timestep_sum_group_norm_silu": {"triton": _KERNEL, "reference": _ANYWHERE},
-    "cross_timestep_attention": {
-        "cuda": Capability(limit=_head_sizes({2: 160, 4: 160})),
-        # 100 KiB from head size 200 on.
-        "triton": Capability(limit=_head_sizes({2: 192, 4: 256})),
-        "cpu": Capability(
-            dtypes=frozenset({torch.float32}),
-            compute_capability=(0, 0),
-            limit=_forward_without_bias,
-        ),
-        "reference": _ANYWHERE,
-    },
-    "geglu": {"triton": _KERNEL, "reference": _ANYWHERE},
-    "one_pass_combine": {"triton": _KERNEL, "reference": _ANYWHERE},
-    "noise_kl": {"triton": _KERNEL, "reference": _ANYWHERE},
-    # cuDNN's convolutions, in the phase form of the reference.
-    "upsample_conv2d": {"reference": _ANYWHERE},
-}
-
-
 @dataclass(frozen=True, eq=False)
 class _Entry:
     """What one `with` block forces; equal to itself alone."""
 
     backends: tuple[str, ...]
+    of_operators: Mapping[str, str]
 
 
 _forced: list[_Entry] = []
 
 
 @contextmanager
-def use_backend(*backends: str) -> Iterator[None]:
+def use_backend(*backends: str, **of_operators: str) -> Iterator[None]:
     """Forces a backend for every operator called inside, backward passes inside included.
 
     Of several, each call takes the first that can serve it: `use_backend("cuda", "reference")`
-    leaves to plain PyTorch what has no CUDA C++ kernel. Holds for the whole process, since
-    autograd runs backward in threads of its own; of blocks that overlap in several threads the
-    one entered last counts, until it is left.
+    leaves to plain PyTorch what has no CUDA C++ kernel. `use_backend(conv2d="reference")` forces
+    one operator alone. Holds for the whole process, since autograd runs backward in threads of its
+    own; of blocks that overlap in several threads the one entered last counts, until it is left.
 
     Args:
         *backends: "cuda", "triton", "cpu" or "reference", in the order in which to try them.
+        **of_operators: an operator's name to its backend.
 
     Raises:
-        ValueError: there is no such backend, or none is named.
+        ValueError: there is no such backend or operator, or none is named.
         BackendError: from an operator called inside which none of the backends can serve.
     """
-    entry = _Entry(_known(backends))
+    if backends or not of_operators:
+        _known(backends)
+    for operator, backend in of_operators.items():
+        _known((backend,))
+        if operator not in TABLE:
+            raise ValueError(f"no operator {operator!r}: choose one of {', '.join(TABLE)}")
+    entry = _Entry(backends, of_operators)
     _forced.append(entry)
     try:
         yield
@@ -157,13 +120,35 @@ def use_backend(*backends: str) -> Iterator[None]:
         _forced.remove(entry)  # its own, which another thread's may have followed
 
 
-def forced_backends() -> tuple[str, ...]:
-    """What `use_backend` or, outside of it, TIUE_BACKEND forces, in order; empty: nothing."""
+def forced_backends(operator: str | None = None) -> tuple[str, ...]:
+    """What `use_backend` or, outside of it, TIUE_BACKEND forces, in order; empty: nothing.
+
+    Args:
+        operator: of which; by default what holds for those that are not named.
+    """
     forced = _forced[-1:]  # in one step: another thread may take the last one out
-    if forced:
-        return forced[0].backends
+    if not forced:
+        return _forced_by_environment()
+    if operator is not None and operator in forced[0].of_operators:
+        return (forced[0].of_operators[operator],)
+    return forced[0].backends
+
+
+def settings() -> tuple[Any, ...]:
+    """What is forced now, as a value to compare: a recorded call holds while it stays equal."""
+    forced = _forced[-1:]
+    return forced_backends(), tuple(sorted(forced[0].of_operators.items())) if forced else ()
+
+
+@functools.cache
+def _forced_by_environment() -> tuple[str, ...]:
     names = os.environ.get(VARIABLE)
     return _known(tuple(name.strip() for name in names.split(","))) if names else ()
+
+
+def is_reference(operator: str) -> bool:
+    """Whether torch's own results are asked for, and so no algebra of ours."""
+    return forced_backends(operator) == ("reference",)
 
 
 def _known(backends: tuple[str, ...]) -> tuple[str, ...]:
@@ -175,35 +160,57 @@ def _known(backends: tuple[str, ...]) -> tuple[str, ...]:
     return backends
 
 
-def call(name: str, *args: Any) -> Any:
-    """Runs `<op>_fwd` or `<op>_bwd` on the backend that serves these arguments."""
-    operator = name.rpartition("_")[0]
-    backend = select(operator, args)
-    return _launcher(backend, operator, name)(*args)
+def call(operator: str, direction: str, *args: Any) -> Any:
+    """Runs the launcher of an operator on the backend that serves these arguments.
+
+    Args:
+        operator: a key of `TABLE`.
+        direction: "fwd" or "bwd".
+        *args: of the launcher.
+    """
+    return _launcher(select(operator, direction, args), operator, direction)(*args)
 
 
-def select(operator: str, args: tuple[Any, ...]) -> str:
+def select(operator: str, direction: str, args: tuple[Any, ...]) -> str:
     """The backend that serves a call.
 
     Args:
         operator: a key of `TABLE`.
-        args: of the forward or the backward launcher; the first tensor decides.
+        direction: "fwd" or "bwd".
+        args: of the launcher; the first tensor decides.
 
     Raises:
         BackendError: none of the forced backends can.
     """
-    forced = forced_backends()
+    forced = forced_backends(operator)
     key = _key(args)
-    order = forced or _candidates(operator, key)
-    for backend in order:
-        reasons = _refusals(operator, backend, key) or _limits(operator, backend, key, args)
-        if not reasons:
+    for backend, limit in _able(operator, key, forced):
+        if limit is None:
             return backend
-        if len(order) > 1:
-            _tell_once(operator, backend, reasons)
+        named = dict(zip(ARGUMENTS[operator][direction], args, strict=False))
+        reason = limit(direction, named, key.compute_capability)
+        if reason is None:
+            return backend
+        _tell_once(operator, backend, (reason,))
     attempt = f"on the forced backend {' or '.join(forced)}" if forced else "on any backend"
-    reasons_of_all = _describe(operator, args, is_call=True)
+    reasons_of_all = _describe(operator, args, direction)
     raise BackendError(f"{operator} cannot run {attempt}:\n{reasons_of_all}")
+
+
+@functools.cache
+def _able(
+    operator: str, key: _Key, forced: tuple[str, ...]
+) -> tuple[tuple[str, Limit | None], ...]:
+    """Backends that serve calls of this key, in the order to try, each with its limit."""
+    able = []
+    order = _order(operator, key, forced)
+    for backend in order:
+        reasons = _refusals(operator, backend, key)
+        if not reasons:
+            able.append((backend, TABLE[operator][backend].limit))
+        elif len(order) > 1:
+            _tell_once(operator, backend, reasons)
+    return tuple(able)
 
 
 def explain(operator: str, *tensors: torch.Tensor) -> str:
@@ -219,20 +226,34 @@ def explain(operator: str, *tensors: torch.Tensor) -> str:
     Raises:
         ValueError: there is no such operator.
     """
-    if operator not in TABLE:
-        raise ValueError(f"no operator {operator!r}: choose one of {', '.join(TABLE)}")
-    return _describe(operator, tensors)
+    if operator in TABLE:
+        return _describe(operator, tensors)
+    if operator not in MADE_OF:
+        known = ", ".join(sorted((*TABLE, *MADE_OF)))
+        raise ValueError(f"no operator {operator!r}: choose one of {known}")
+    parts = MADE_OF[operator]
+    if not parts:
+        return "  made of torch's own operators"
+    return "\n".join(f"  made of {part}:\n{_describe(part, tensors)}" for part in parts)
 
 
-def _describe(operator: str, args: tuple[Any, ...], is_call: bool = False) -> str:
+def operators() -> tuple[str, ...]:
+    """Every operator that `explain` knows, by name."""
+    return tuple(sorted((*TABLE, *MADE_OF)))
+
+
+def _describe(operator: str, args: tuple[Any, ...], direction: str | None = None) -> str:
     key = _key(args)
-    forced = forced_backends()
-    order = forced or _candidates(operator, key)
+    forced = forced_backends(operator)
+    order = _order(operator, key, forced)
     lines, chosen = [], False
     for backend in dict.fromkeys((*order, *PREFERENCE)):
         reasons = list(_refusals(operator, backend, key))
-        if not reasons and is_call:
-            reasons = list(_limits(operator, backend, key, args))
+        limit = None if reasons else TABLE[operator][backend].limit
+        if direction is not None and limit is not None:
+            named = dict(zip(ARGUMENTS[operator][direction], args, strict=False))
+            reason = limit(direction, named, key.compute_capability)
+            reasons = [reason] if reason else []
         if not reasons and backend not in order:
             reasons = [f"tensors on a CPU take {' or '.join(ON_CPU)}"]
             if forced:
@@ -254,10 +275,10 @@ class _Key:
 
 
 def _key(args: tuple[Any, ...]) -> _Key:
-    tensor = next(arg for arg in args if isinstance(arg, torch.Tensor))
-    capability = (0, 0)
-    if tensor.is_cuda:
-        capability = torch.cuda.get_device_capability(tensor.device)
+    for tensor in args:
+        if isinstance(tensor, torch.Tensor):
+            break
+    device = tensor.device
     layout = "contiguous"
     if (
         tensor.ndim == 4
@@ -265,14 +286,24 @@ def _key(args: tuple[Any, ...]) -> _Key:
         and tensor.is_contiguous(memory_format=torch.channels_last)
     ):
         layout = "channels_last"
+    return _key_of(device, tensor.dtype, layout)
+
+
+@functools.cache
+def _key_of(device: torch.device, dtype: torch.dtype, layout: str) -> _Key:
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    return _Key(tensor.device.type, tensor.dtype, layout, capability, interpreted)
+    return _Key(device.type, dtype, layout, capability, interpreted)
 
 
-def _candidates(operator: str, key: _Key) -> tuple[str, ...]:
-    """Backends in the order in which an automatic choice tries them."""
-    order = ON_CPU if key.device != "cuda" else PREFERENCE
-    return tuple(backend for backend in order if backend in TABLE[operator])
+def _order(operator: str, key: _Key, forced: tuple[str, ...]) -> tuple[str, ...]:
+    """Backends in the order in which to try them: those forced, or those of the row."""
+    if forced and set(TABLE[operator]) <= set(ON_CPU):
+        return tuple(dict.fromkeys((*forced, "reference")))  # on a GPU it is torch's own always
+    if forced:
+        return forced
+    able = ON_CPU if key.device != "cuda" else PREFERENCE
+    return tuple(backend for backend in TABLE[operator] if backend in able)
 
 
 @functools.cache
@@ -289,18 +320,14 @@ def _refusals(operator: str, backend: str, key: _Key) -> tuple[str, ...]:
         reasons.append(f"{key.layout} maps are not supported")
     if backend != "reference":
         reasons.extend(_missing(backend, operator, key))
+    reason = capability.missing() if capability.missing is not None and not reasons else None
+    if reason is not None:
+        reasons.append(reason)
     least = capability.compute_capability
     if key.device == "cuda" and key.compute_capability < least:
         found = ".".join(map(str, key.compute_capability))
         reasons.append(f"needs compute capability {least[0]}.{least[1]}, the device has {found}")
     return tuple(reasons)
-
-
-def _limits(operator: str, backend: str, key: _Key, args: tuple[Any, ...]) -> tuple[str, ...]:
-    """Why a backend does not take these arguments, though it takes their dtype and layout."""
-    limit = TABLE[operator][backend].limit
-    reason = limit(args, key.compute_capability) if limit is not None else None
-    return (reason,) if reason else ()
 
 
 def _missing(backend: str, operator: str, key: _Key) -> list[str]:
@@ -314,12 +341,7 @@ def _missing(backend: str, operator: str, key: _Key) -> list[str]:
             return [f"no kernels for {key.device} tensors"]
         return []
     if backend == "cpu":
-        from tiue_kernels import cpu
-
-        if key.device != "cpu":
-            return ["its kernels are for tensors on a CPU"]
-        reason = cpu.why_no_products()
-        return [reason] if reason else []
+        return [] if key.device == "cpu" else ["its kernels are for tensors on a CPU"]
     from tiue_kernels import cuda
 
     reason = cuda.why_not(operator, key.device)
@@ -327,7 +349,10 @@ def _missing(backend: str, operator: str, key: _Key) -> list[str]:
 
 
 @functools.cache
-def _launcher(backend: str, operator: str, name: str) -> Callable[..., Any]:
+def _launcher(backend: str, operator: str, direction: str) -> Callable[..., Any]:
+    name = f"{operator}_{direction}"
+    if backend == "cuda":  # its launchers are C++
+        return getattr(torch.ops.tiue_cuda, name).default
     return getattr(importlib.import_module(f"tiue_kernels.{backend}.{operator}"), name)
 
 
@@ -338,4 +363,5 @@ def _tell_once(operator: str, backend: str, reasons: tuple[str, ...]) -> None:
 
 def reset() -> None:
     """Forgets every choice; for use after a library was loaded or the environment changed."""
-    _refusals.cache_clear()
+    for remembered in (_able, _refusals, _key_of, _forced_by_environment):
+        remembered.cache_clear()

@@ -33,7 +33,7 @@ def report() -> str:
         lines.append("GPU: none that torch sees")
     for device in devices:
         lines.append(f"\nfloat16 tensors on {device}:")
-        for operator in dispatch.TABLE:
+        for operator in dispatch.operators():
             example = torch.empty(1, dtype=torch.float16, device=device)
             lines.append(f" {operator}\n{dispatch.explain(operator, example)}")
     return "\n".join(lines)

@@ -22,3 +22,19 @@ def for_group_norm(x: torch.Tensor) -> torch.Tensor:
     Forward refuses channels_last maps on CUDA, backward gives wrong sums for them, unnoticed.
     """
     return like(x, x) if x.device.type == "cpu" else x.contiguous()
+
+
+def convolved_like(x: torch.Tensor, weight: torch.Tensor, rows: int, *size: int) -> torch.Tensor:
+    """An empty [rows, C_out, *size] in the dtype and memory format of a convolution's result."""
+    return torch.empty(
+        (rows, weight.shape[0], *size),
+        dtype=x.dtype,
+        device=x.device,
+        memory_format=convolved_format(x, weight),
+    )
+
+
+def convolved_format(x: torch.Tensor, weight: torch.Tensor) -> torch.memory_format:
+    """channels_last where the map or the weight is, as torch's own convolutions give."""
+    formats = (memory_format(x), memory_format(weight))
+    return torch.channels_last if torch.channels_last in formats else torch.contiguous_format

@@ -14,7 +14,9 @@ from benchmarks import published_form
 from benchmarks.configs import CONFIGS
 from benchmarks.models import random_inputs
 from benchmarks.multiply_adds import FORMULAS, FREE, Count, Counter, count, main
-from tiue_kernels import functional, ops
+from tiue_kernels import ops
+from tiue_kernels.nn import resnet_block, transformer_block
+from tiue_kernels.nn import upsampler as run_upsampler
 
 K, TOKENS, TEXT = 4, 77, 768
 
@@ -32,7 +34,7 @@ def test_resnet() -> None:
     with torch.device("meta"):
         resnet = ResnetBlock2D(in_channels=960, out_channels=320, temb_channels=1280)
     with Counter() as counter, torch.no_grad():
-        functional.resnet_block(resnet, rows(K, 640, 64, 64), rows(K, 1280), rows(1, 320, 64, 64))
+        resnet_block(resnet, rows(K, 640, 64, 64), rows(K, 1280), rows(1, 320, 64, 64))
     # 32 groups of 30 channels: the 22nd holds channels 630 to 659, so 660 go with the K rows.
     pixels = 64 * 64
     first = 9 * 320 * pixels * (K * 660 + 300)
@@ -45,7 +47,7 @@ def test_transformer_block() -> None:
     with torch.device("meta"):
         block = BasicTransformerBlock(320, 8, 40, cross_attention_dim=TEXT)
     with Counter() as counter, torch.no_grad():
-        functional.transformer_block(block, rows(K, 4096, 320), rows(1, TOKENS, TEXT))
+        transformer_block(block, rows(K, 4096, 320), rows(1, TOKENS, TEXT))
     pixels = K * 4096
     own = 4 * 320 * 320 * pixels  # query, key, value, output
     text = 2 * 320 * 320 * pixels + 2 * TEXT * 320 * TOKENS  # keys and values once
@@ -60,7 +62,7 @@ def test_upsampler(size: int, taps: int) -> None:
     with torch.device("meta"):
         upsampler = Upsample2D(64, use_conv=True)
     with Counter() as counter, torch.no_grad():
-        functional.upsampler(upsampler, rows(K, 64, size, size))
+        run_upsampler(upsampler, rows(K, 64, size, size))
     assert counter.count == Count(convolution=taps * 64 * 64 * K * (2 * size) ** 2)
 
 

@@ -11,8 +11,8 @@ def served(monkeypatch) -> set[tuple[str, str]]:
     pairs: set[tuple[str, str]] = set()
     select = dispatch.select
 
-    def noted(operator: str, args: tuple) -> str:
-        backend = select(operator, args)
+    def noted(operator: str, direction: str, args: tuple) -> str:
+        backend = select(operator, direction, args)
         pairs.add((operator, backend))
         return backend
 

@@ -12,7 +12,7 @@ from peft import LoraConfig
 from tests.tiue.test_unet import check_one_pass
 from tests.tiue.unets import make_conditioning, make_unet
 from tiue import TiUEUNet
-from tiue_kernels.layers import is_plain
+from tiue_kernels.nn.layers import is_plain
 
 
 def add_lora(unet: Any, targets: list[str]) -> None:

@@ -14,8 +14,8 @@ from tests.tiue.tiny import tiny_scheduler
 from tests.tiue.unets import make_conditioning, make_inputs, make_unet
 from tests.tolerances import EXACT_RELATIVE, relative_error
 from tiue import OnePassSchedule, TiUEUNet
-from tiue_kernels import layers, low_rank
-from tiue_kernels.low_rank import Weights, weights_of
+from tiue_kernels.nn import layers, low_rank
+from tiue_kernels.nn.low_rank import Weights, weights_of
 
 SCHEDULE = OnePassSchedule.from_scheduler(tiny_scheduler(), 3)
 EVERY_LAYER = [

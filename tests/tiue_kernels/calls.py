@@ -216,7 +216,7 @@ CALLS: dict[str, Call] = {
         {"x": noise(2, 4, 12, 12), "weight": noise(5, 4, 3, 3), "bias": noise(5)},
         lambda x, w, b: (functional.upsample_conv2d(x, w, b),),
         lambda x, w, b: (F.conv2d(F.interpolate(x, scale_factor=2.0), w, b, padding=1),),
-        ("upsample_conv2d",),
+        ("conv2d",),
     ),
     "one_pass_combine": Call(
         {

@@ -5,12 +5,14 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from tests.tiue_kernels.calls import CALLS, Call
-from tiue_kernels import decompositions, ops
+from tiue_kernels import decompositions
+from tiue_kernels.ops._library import OPERATORS
 
 
 def test_no_forward_operator_is_left_out() -> None:
-    forward = {getattr(ops, name).forward for name in ops.__all__}
+    forward = {operator.forward for operator in OPERATORS.values()}
     assert forward == set(decompositions.table())
+    assert all(str(operator).startswith("tiue.") for operator in forward)
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -10,12 +11,19 @@ from tests.tiue_kernels.calls import noise
 from tiue_kernels import BackendError, dispatch, explain, functional, use_backend
 
 
+@pytest.fixture(autouse=True)
+def _choices_of_its_own() -> Iterator[None]:
+    """What the environment says is read once, and again after `reset`."""
+    yield
+    dispatch.reset()
+
+
 def x(dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return noise(2, 3, 8).to(dtype)
 
 
 def test_tensors_on_a_cpu_take_the_reference() -> None:
-    assert dispatch.select("geglu", (x(),)) == "reference"
+    assert dispatch.select("geglu", "fwd", (x(),)) == "reference"
     lines = explain("geglu", x()).splitlines()
     assert lines[0] == "  reference: runs"
     assert any(line.startswith("  cuda: not implemented") for line in lines)
@@ -40,6 +48,7 @@ def test_names_that_do_not_exist_are_refused() -> None:
 
 def test_a_forced_backend_that_cannot_run_lists_every_reason(monkeypatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    dispatch.reset()
     with use_backend("triton"), pytest.raises(BackendError) as error:
         functional.geglu(x(torch.float64))
     message = str(error.value)
@@ -52,11 +61,13 @@ def test_a_forced_backend_that_cannot_run_lists_every_reason(monkeypatch) -> Non
 
 def test_the_variable_forces_and_the_context_overrides_it(monkeypatch) -> None:
     monkeypatch.setenv(dispatch.VARIABLE, "cuda")
+    dispatch.reset()
     with pytest.raises(BackendError, match="forced backend cuda"):
         functional.geglu(x())
     with use_backend("reference"):
         functional.geglu(x())
     monkeypatch.setenv(dispatch.VARIABLE, "opencl")
+    dispatch.reset()
     with pytest.raises(ValueError, match="no backend 'opencl'"):
         functional.geglu(x())
 
@@ -82,35 +93,39 @@ def test_contexts_that_overlap_each_end_their_own() -> None:
 
 def test_of_several_the_first_that_can_serves(monkeypatch, caplog) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
+    dispatch.reset()
     pytest.importorskip("triton")
     dispatch._tell_once.cache_clear()
     with use_backend("triton", "reference"), caplog.at_level("INFO", dispatch.logger.name):
-        assert dispatch.select("geglu", (x(),)) == "triton"
+        assert dispatch.select("geglu", "fwd", (x(),)) == "triton"
         for _ in range(2):
-            assert dispatch.select("geglu", (x(torch.float64),)) == "reference"
-        assert dispatch.select("upsample_conv2d", (x(),)) == "reference"
+            assert dispatch.select("geglu", "fwd", (x(torch.float64),)) == "reference"
+        assert dispatch.select("conv2d", "fwd", (x(),)) == "reference"
         lines = explain("geglu", x()).splitlines()
     assert lines[:2] == ["  triton: runs", "  reference: may run"]
     assert "geglu does not run on triton: torch.float64 is not one of" in caplog.text
-    assert "upsample_conv2d does not run on triton: not implemented" in caplog.text
+    assert "conv2d does not run on triton: not implemented" in caplog.text
     assert len(caplog.records) == 2
     with (
         use_backend("cuda", "triton"),
         pytest.raises(BackendError, match="the forced backend cuda or triton"),
     ):
-        dispatch.select("upsample_conv2d", (x(),))
+        dispatch.select("geglu", "fwd", (x(torch.float64),))
+    with use_backend("cuda"):  # convolutions are torch's own on a GPU
+        assert dispatch.select("conv2d", "fwd", (x(),)) == "reference"
     monkeypatch.setenv(dispatch.VARIABLE, "cuda, reference")
-    assert dispatch.select("geglu", (x(),)) == "reference"
+    dispatch.reset()
+    assert dispatch.select("geglu", "fwd", (x(),)) == "reference"
 
 
 def test_head_sizes_that_no_kernel_takes_are_named() -> None:
     query = noise(2, 3, 20).float()
     args = (query, query, query, 2, 1.0, None)
     with use_backend("triton"), pytest.raises(BackendError, match="head size 10 is no multiple"):
-        dispatch.select("cross_timestep_attention", args)
+        dispatch.select("cross_timestep_attention", "fwd", args)
     backward = (query, query, query, query, 2, 1.0, None, query, query)
     with use_backend("triton"), pytest.raises(BackendError, match="head size 10 is no multiple"):
-        dispatch.select("cross_timestep_attention", backward)
+        dispatch.select("cross_timestep_attention", "bwd", backward)
 
 
 @pytest.mark.parametrize(("backend", "half", "single"), [("cuda", 160, 160), ("triton", 192, 256)])
@@ -119,13 +134,12 @@ def test_wide_heads_need_shared_memory_in_backward(backend: str, half: int, sing
     for dtype, most in ((torch.float16, half), (torch.bfloat16, half), (torch.float32, single)):
         for size in range(8, 257, 8):
             query = torch.empty(1, 1, size, dtype=dtype)
-            forward = (query, query, query, 1, 1.0, None)
-            backward = (query, *forward, query, query, False)
+            call = {"query": query, "num_heads": 1}
             for capability in ((0, 0), (8, 0), (8, 7), (9, 0), (10, 0), (10, 3), (11, 0)):
-                assert limit(backward, capability) is None
+                assert limit("bwd", call, capability) is None
             for capability in ((8, 6), (8, 9), (12, 0), (12, 1)):
-                assert limit(forward, capability) is None
-                reason = limit(backward, capability)
+                assert limit("fwd", call, capability) is None
+                reason = limit("bwd", call, capability)
                 assert (reason is None) == (size <= most), (dtype, size, capability)
                 assert reason is None or f"head size {size} needs more than the 99 KiB" in reason
 
@@ -138,6 +152,7 @@ def test_importing_the_package_imports_no_triton() -> None:
 def test_info_names_every_operator() -> None:
     command = [sys.executable, "-m", "tiue_kernels.info"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    for operator in dispatch.TABLE:
-        assert operator in done.stdout
+    for operator in functional.__all__:
+        assert f"\n {operator}\n" in done.stdout
+        assert explain(operator, x())
     assert f"torch {torch.__version__}" in done.stdout

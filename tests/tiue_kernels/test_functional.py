@@ -9,9 +9,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.tolerances import EXACT_RELATIVE, relative_error
 from tiue_kernels import functional
-from tiue_kernels.convolution import MOST_PIXELS
+from tiue_kernels.cpu.conv2d import MOST_PIXELS
 from tiue_kernels.ops.geglu_feed_forward import CHUNK
-from tiue_kernels.reference.upsample_conv2d import LEAST_PIXELS
+from tiue_kernels.ops.upsample_conv2d import LEAST_PIXELS
 
 Tensors = tuple[torch.Tensor, ...]
 K, B = 3, 2

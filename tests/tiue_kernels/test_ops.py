@@ -9,8 +9,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from tests.tiue_kernels.calls import CALLS, B, K, Tensors, noise
 from tests.tolerances import ROUNDING_FLOORS
 from tiue_kernels import dispatch, functional, use_backend
-from tiue_kernels.ops import cross_timestep_attention as attention_op
-from tiue_kernels.ops import geglu as geglu_op
+from tiue_kernels.ops._library import OPERATORS
 from tiue_kernels.reference import cross_timestep_attention as reference_attention
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -184,8 +183,8 @@ def test_the_gradient_of_an_attention_bias_is_computed_where_it_is_needed(
         asked.append(args[-1])
         return plain(*args)
 
-    monkeypatch.setattr(dispatch, "_launcher", lambda backend, operator, name: (
-        noted if name.endswith("_bwd") else reference_attention.cross_timestep_attention_fwd
+    monkeypatch.setattr(dispatch, "_launcher", lambda backend, operator, direction: (
+        noted if direction == "bwd" else reference_attention.cross_timestep_attention_fwd
     ))  # fmt: skip
     call = CALLS["cross_timestep_attention"]
     query, key, value = (tensor.float().requires_grad_() for tensor in call.tensors.values())
@@ -198,5 +197,6 @@ def test_the_gradient_of_an_attention_bias_is_computed_where_it_is_needed(
 
 
 def test_backward_operators_are_named_like_their_forward() -> None:
-    assert attention_op.backward is torch.ops.tiue.cross_timestep_attention_bwd.default
-    assert geglu_op.forward is torch.ops.tiue.geglu_fwd.default
+    attention, geglu = OPERATORS["cross_timestep_attention"], OPERATORS["geglu"]
+    assert attention.backward is torch.ops.tiue.cross_timestep_attention_bwd.default
+    assert geglu.forward is torch.ops.tiue.geglu_fwd.default

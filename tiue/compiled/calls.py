@@ -10,7 +10,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from tiue.schedule import OnePassSchedule
-from tiue_kernels.dispatch import forced_backends
+from tiue_kernels import dispatch
 
 _PLAIN = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device)
 
@@ -95,7 +95,7 @@ class Call:
                 (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
                 for kind in sorted({tensor.device.type for tensor in self.tensors})
             ),
-            forced_backends(),
+            dispatch.settings(),
             torch.backends.cuda.matmul.allow_tf32,
             torch.backends.cudnn.allow_tf32,
         )

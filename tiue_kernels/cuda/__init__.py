@@ -10,24 +10,11 @@ from pathlib import Path
 
 import torch
 
-from tiue_kernels import libraries
+from tiue_kernels import dispatch, libraries
+from tiue_kernels.ops._library import OPERATORS
 
-SCHEMAS = {
-    "shared_skip_group_norm_silu": (
-        "(Tensor hidden, Tensor skip, int num_groups, Tensor weight, Tensor bias, float eps)"
-        " -> (Tensor, Tensor, Tensor, Tensor)",
-        "(Tensor grad_hidden_out, Tensor grad_skip_out, Tensor hidden, Tensor skip, int num_groups,"
-        " Tensor weight, Tensor bias, Tensor hidden_stats, Tensor skip_stats)"
-        " -> (Tensor, Tensor, Tensor, Tensor)",
-    ),
-    "cross_timestep_attention": (
-        "(Tensor query, Tensor key, Tensor value, int num_heads, float scale,"
-        " Tensor? attention_bias) -> (Tensor, Tensor)",
-        "(Tensor grad_out, Tensor query, Tensor key, Tensor value, int num_heads, float scale,"
-        " Tensor? attention_bias, Tensor out, Tensor logsumexp, bool needs_bias_grad)"
-        " -> (Tensor, Tensor, Tensor, Tensor)",
-    ),
-}
+# Those of the operators that have kernels in it.
+SCHEMAS = {name: OPERATORS[name].schemas for name, row in dispatch.TABLE.items() if "cuda" in row}
 
 _NO_HOST_LIBRARY = (
     "on a CPU it needs the host-executed library: python -m tiue_kernels.compile host prints "
@@ -36,9 +23,9 @@ _NO_HOST_LIBRARY = (
 
 # A library must outlive its registrations.
 _library = torch.library.Library("tiue_cuda", "DEF")
-for _name, (_forward, _backward) in SCHEMAS.items():
-    _library.define(f"{_name}_fwd{_forward}")
-    _library.define(f"{_name}_bwd{_backward}")
+for _name, _schemas in SCHEMAS.items():
+    for _direction, _schema in _schemas.items():
+        _library.define(f"{_name}_{_direction}{_schema}")
 
 _why_not: str | None = None
 _host_libraries: set[Path] = set()

@@ -11,13 +11,6 @@ Every function raises ValueError for shapes and devices that do not fit together
 dtypes, and BackendError where a forced backend cannot serve the call.
 """
 
-from tiue_kernels.functional.blocks import (
-    feed_forward,
-    norm_silu_conv,
-    resnet_block,
-    transformer_block,
-    upsampler,
-)
 from tiue_kernels.functional.convolutions import (
     broadcast_add_group_norm_silu_conv2d,
     conv2d,
@@ -45,21 +38,16 @@ __all__ = [
     "broadcast_add_group_norm_silu_conv2d",
     "conv2d",
     "cross_timestep_attention",
-    "feed_forward",
     "geglu",
     "geglu_feed_forward",
     "group_norm_linear",
     "group_norm_silu_conv2d",
     "layer_norm_linear",
     "noise_kl",
-    "norm_silu_conv",
     "one_pass_combine",
-    "resnet_block",
     "shared_skip_group_norm_silu",
     "shared_skip_group_norm_silu_conv2d",
     "split_conv2d",
     "timestep_sum_group_norm_silu",
-    "transformer_block",
     "upsample_conv2d",
-    "upsampler",
 ]

@@ -2,9 +2,13 @@
 
 import torch
 
-from tiue_kernels import convolution, ops
+from tiue_kernels import dispatch, ops
 from tiue_kernels.checks import Checks
 from tiue_kernels.functional.norms import check_broadcast_add, check_shared_skip
+
+# Public operators that are others in disguise, with what runs in them.
+dispatch.MADE_OF["split_conv2d"] = ("conv2d",)
+dispatch.MADE_OF["group_norm_silu_conv2d"] = ("shared_skip_group_norm_silu", "conv2d")
 
 
 def conv2d(
@@ -13,7 +17,7 @@ def conv2d(
     bias: torch.Tensor | None = None,
     padding: int | tuple[int, ...] = 0,
 ) -> torch.Tensor:
-    """torch's conv2d with stride 1; on a CPU, maps of few pixels as a matrix product.
+    """torch's conv2d with stride 1, by the algorithm that is fastest on the device.
 
     Args:
         x: [rows, C_in, H, W].
@@ -30,7 +34,8 @@ def conv2d(
     checks = Checks("conv2d")
     checks.maps(x=x)
     checks.convolution(x.shape[1], weight)
-    return convolution.conv2d(x, weight, bias, padding)
+    x, weight, bias = checks.one_dtype(lower=True, x=x, weight=weight, bias=bias)
+    return ops.conv2d.forward(x, weight, bias, _pair(padding), 0)
 
 
 def split_conv2d(
@@ -44,13 +49,12 @@ def split_conv2d(
 
     A convolution is linear in its input channels, so conv(concat(a_k, s)) is
     conv_hidden(a_k) + conv_skip(s), and the second summand is the same for every timestep.
-    The weight is sliced at every call: nothing is cached that could go stale.
 
     Args:
         hidden: [K*B, C_h, H, W].
         skip: [B, C_s, H, W]; C_s may be 0.
         weight: [C_out, C_h + C_s, kernel height, kernel width].
-        bias: [C_out]; it goes into the shared summand.
+        bias: [C_out]; it goes into the shared summand, where something is shared.
         padding: zeros added on each side.
 
     Returns:
@@ -64,13 +68,18 @@ def split_conv2d(
     checks.rows("hidden", hidden, "skip", skip)
     border = hidden.shape[1]
     checks.convolution(border + skip.shape[1], weight)
-    out = convolution.conv2d(hidden, weight, None, padding)
+    hidden, skip, weight, bias = checks.one_dtype(
+        lower=True, hidden=hidden, skip=skip, weight=weight, bias=bias
+    )
+    pads = _pair(padding)
+    if skip.shape[1] and not dispatch.is_reference("split_conv2d"):
+        out = ops.conv2d.forward(hidden, weight, None, pads, 0)
+        return out, ops.conv2d.forward(skip, weight, bias, pads, border)
     if skip.shape[1]:
-        return out, convolution.conv2d(skip, weight, bias, padding, start=border)
-    shared = out.new_zeros(1, out.shape[1], 1, 1)
-    if bias is not None:
-        shared = shared + bias[:, None, None].to(out.dtype)
-    return out, shared.expand(skip.shape[0], *out.shape[1:])
+        repeated = skip.repeat(hidden.shape[0] // max(skip.shape[0], 1), 1, 1, 1)
+        hidden = torch.cat([hidden, repeated], dim=1)
+    out = ops.conv2d.forward(hidden, weight, bias, pads, 0)
+    return out, out.new_zeros(1).expand(skip.shape[0], *out.shape[1:])
 
 
 def group_norm_silu_conv2d(
@@ -223,7 +232,7 @@ def upsample_conv2d(
 
     Args:
         x: [rows, C_in, H, W].
-        weight: [C_out, C_in, 3, 3]; the taps are summed at every call, nothing is cached.
+        weight: [C_out, C_in, 3, 3].
         bias: [C_out].
 
     Returns:

@@ -1,12 +1,68 @@
-"""Norm, SiLU and convolution as one module."""
+"""Norm, SiLU and convolution as one call, and as one module."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import nn
 
-from tiue_kernels.functional import norm_silu_conv
-from tiue_kernels.layers import is_untouched
+from tiue_kernels.functional import conv2d, group_norm_silu_conv2d
+from tiue_kernels.nn.layers import (
+    is_affine_group_norm,
+    is_idle,
+    is_plain,
+    is_untouched,
+)
+from tiue_kernels.nn.low_rank import weights_of_conv
+
+
+def norm_silu_conv(
+    norm: Any, activation: Any, conv: Any, x: torch.Tensor, dropout: Any = None
+) -> torch.Tensor:
+    """conv(dropout(activation(norm(x)))), fused where the layers are GroupNorm, SiLU and a conv.
+
+    Args:
+        norm: `nn.GroupNorm`, or what stands for it.
+        activation: `nn.SiLU`, or what stands for it.
+        conv: `nn.Conv2d`, or what stands for it.
+        x: [rows, C, H, W].
+        dropout: between activation and convolution; None for none.
+
+    Returns:
+        [rows, C_out, H', W'].
+    """
+    idle = dropout is None or is_idle(dropout)
+    weights = weights_of_conv(conv)
+    plain = is_affine_group_norm(norm) and is_plain(activation, nn.SiLU)
+    if idle and plain and weights is not None:
+        return weights.apply(
+            lambda weight, bias: group_norm_silu_conv2d(
+                x, *norm_arguments(norm), weight, bias, norm.eps, weights.layer.padding
+            ),
+            pixels(x),
+        )
+    x = activation(norm(x))
+    return run_conv(conv, x if dropout is None else dropout(x))
+
+
+def norm_arguments(norm: Any) -> tuple[int, torch.Tensor, torch.Tensor]:
+    """Groups, scale and shift."""
+    return norm.num_groups, norm.weight, norm.bias
+
+
+def run_conv(conv: Any, x: torch.Tensor) -> torch.Tensor:
+    """A convolution, called through its adapter where it has one."""
+    weights = weights_of_conv(conv)
+    if weights is None:
+        return conv(x)
+    padding = weights.layer.padding
+    return weights.apply(lambda weight, bias: conv2d(x, weight, bias, padding), pixels(x))
+
+
+def pixels(x: torch.Tensor) -> int:
+    """Rows times pixels of [rows, C, H, W]."""
+    return x.shape[0] * x.shape[2] * x.shape[3]
 
 
 class GroupNormSiLUConv2d(nn.Sequential):

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, TypeVar
 
 from torch import nn
 
-from tiue_kernels.layers import is_named, is_plain
+from tiue_kernels.nn.layers import is_named, is_plain
 
 T = TypeVar("T", bound="Fused")
 

@@ -1,13 +1,16 @@
-"""The fused upsampler."""
+"""The upsampler, and as a module."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from torch import nn
 
-from tiue_kernels.functional import upsampler
+from tiue_kernels.functional import upsample_conv2d
+from tiue_kernels.nn.convolutions import pixels
 from tiue_kernels.nn.fused import Fused
+from tiue_kernels.nn.low_rank import weights_of_conv
 
 
 class FusedUpsample2D(Fused):
@@ -34,3 +37,27 @@ class FusedUpsample2D(Fused):
             [rows, C_out, 2 H, 2 W], or of the given size.
         """
         return upsampler(self, hidden_states, output_size)
+
+
+def upsampler(block: Any, hidden: torch.Tensor, size: Any = None) -> torch.Tensor:
+    """Nearest upsampling and a convolution.
+
+    Args:
+        block: an `Upsample2D`.
+        hidden: [rows, C, H, W].
+        size: height and width to upsample to; twice those of hidden by default.
+
+    Returns:
+        [rows, C, 2 H, 2 W], or of the given size.
+    """
+    weights = weights_of_conv(block.conv)
+    height, width = hidden.shape[2:]
+    exact = size is None or tuple(size) == (2 * height, 2 * width)
+    if exact and weights is not None:
+        conv = weights.layer
+        if conv.kernel_size == (3, 3) and set(conv.padding) == {1}:
+            return weights.apply(
+                lambda weight, bias: upsample_conv2d(hidden, weight, bias), pixels(hidden)
+            )
+    size = (2 * height, 2 * width) if size is None else size
+    return block.conv(nn.functional.interpolate(hidden, size=tuple(size), mode="nearest"))

@@ -1,11 +1,12 @@
-"""The operators as torch knows them: one file an operator, with its schema, fake and autograd.
+"""The operators as torch knows them: one file an operator, with everything that is said of it.
 
-In every file `forward` and `backward` are `torch.ops.tiue.<op>_fwd` and `_bwd`.
+In every file `forward` and `backward` run `torch.ops.tiue.<op>_fwd` and `_bwd`.
 """
 
 from tiue_kernels.ops import (
     broadcast_add_group_norm_silu,
     broadcast_add_group_norm_silu_conv2d,
+    conv2d,
     cross_timestep_attention,
     geglu,
     geglu_feed_forward,
@@ -22,6 +23,7 @@ from tiue_kernels.ops import (
 __all__ = [
     "broadcast_add_group_norm_silu",
     "broadcast_add_group_norm_silu_conv2d",
+    "conv2d",
     "cross_timestep_attention",
     "geglu",
     "geglu_feed_forward",

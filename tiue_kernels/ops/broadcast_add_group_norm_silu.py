@@ -1,11 +1,23 @@
-"""`tiue::broadcast_add_group_norm_silu_fwd` and `_bwd`."""
+"""SiLU(GroupNorm(hidden_kb + shared_b + time_embedding_kb)), plain and scale-shift."""
 
 import torch
+import torch.nn.functional as F
 
-from tiue_kernels.ops._library import define, rows_like, statistics_dtype
+from tiue_kernels.dispatch import ANYWHERE, KERNEL
+from tiue_kernels.ops._library import declare, rows_like, statistics_dtype
+from tiue_kernels.ops.decomposed_norm import group_norm
 
 
-def _fake_fwd(hidden, shared, time_embedding, num_groups, weight, bias, eps, scale_shift):
+def _fake(
+    hidden: torch.Tensor | None,
+    shared: torch.Tensor,
+    time_embedding: torch.Tensor,
+    num_groups: int,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float,
+    scale_shift: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
     rows = time_embedding.shape[0]
     return (
         rows_like(shared if hidden is None else hidden, rows, *shared.shape[1:]),
@@ -13,57 +25,38 @@ def _fake_fwd(hidden, shared, time_embedding, num_groups, weight, bias, eps, sca
     )
 
 
-def _fake_bwd(
-    grad_out, hidden, shared, time_embedding, num_groups, weight, bias, scale_shift, stats
-):
-    return (
-        shared.new_empty(0) if hidden is None else rows_like(hidden, *hidden.shape),
-        rows_like(shared if hidden is None else hidden, *shared.shape),
-        time_embedding.new_empty(time_embedding.shape),
-        weight.new_empty(weight.shape),
-        bias.new_empty(bias.shape),
-    )
+def _decomposed(
+    hidden: torch.Tensor | None,
+    shared: torch.Tensor,
+    time_embedding: torch.Tensor,
+    num_groups: int,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float,
+    scale_shift: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    dtype = statistics_dtype(shared.dtype)
+    embedding = time_embedding.to(dtype)[:, :, None, None]
+    rows = shared.to(dtype).repeat(time_embedding.shape[0] // shared.shape[0], 1, 1, 1)
+    rows = rows if hidden is None else rows + hidden.to(dtype)
+    if scale_shift:
+        out, stats = group_norm(rows, num_groups, weight, bias, eps)
+        scale, shift = embedding.chunk(2, dim=1)
+        out = out * (1 + scale) + shift
+    else:
+        out, stats = group_norm(rows + embedding, num_groups, weight, bias, eps)
+    return F.silu(out).to(shared.dtype), stats
 
 
-forward = define(
-    "broadcast_add_group_norm_silu_fwd",
+forward, backward = declare(
+    "broadcast_add_group_norm_silu",
     "(Tensor? hidden, Tensor shared, Tensor time_embedding, int num_groups, Tensor weight,"
-    " Tensor bias, float eps, bool scale_shift) -> (Tensor, Tensor)",
-    _fake_fwd,
-)
-backward = define(
-    "broadcast_add_group_norm_silu_bwd",
+    " Tensor bias, float eps, bool scale_shift) -> (Tensor out, Tensor stats)",
     "(Tensor grad_out, Tensor? hidden, Tensor shared, Tensor time_embedding, int num_groups,"
     " Tensor weight, Tensor bias, bool scale_shift, Tensor stats)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _fake_bwd,
-)
-
-
-def _setup_context(ctx, inputs, output):
-    hidden, shared, time_embedding, ctx.num_groups, weight, bias, _, ctx.scale_shift = inputs
-    ctx.save_for_backward(hidden, shared, time_embedding, weight, bias, output[1])
-
-
-def _backward(ctx, grad_out, _stats):
-    hidden, shared, time_embedding, weight, bias, stats = ctx.saved_tensors
-    grad_hidden, *grads = backward(
-        grad_out,
-        hidden,
-        shared,
-        time_embedding,
-        ctx.num_groups,
-        weight,
-        bias,
-        ctx.scale_shift,
-        stats,
-    )
-    grad_shared, grad_time_embedding, grad_weight, grad_bias = grads
-    if hidden is None:
-        grad_hidden = None
-    return grad_hidden, grad_shared, grad_time_embedding, None, grad_weight, grad_bias, None, None
-
-
-torch.library.register_autograd(
-    "tiue::broadcast_add_group_norm_silu_fwd", _backward, setup_context=_setup_context
+    " -> (Tensor grad_hidden, Tensor grad_shared, Tensor grad_time_embedding, Tensor grad_weight,"
+    " Tensor grad_bias)",
+    fake=_fake,
+    kernels={"triton": KERNEL, "reference": ANYWHERE},
+    decomposition=_decomposed,
 )

@@ -1,28 +1,21 @@
-"""`tiue::geglu_fwd` and `_bwd`."""
+"""x1 * gelu(x2) of the two halves of the last axis."""
 
 import torch
 
-from tiue_kernels.ops._library import define
+from tiue_kernels.dispatch import ANYWHERE, KERNEL
+from tiue_kernels.ops._library import declare
+from tiue_kernels.reference.geglu import geglu_fwd
 
 
-def _fake_fwd(x):
+def _fake(x: torch.Tensor) -> torch.Tensor:
     return x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
 
 
-def _fake_bwd(grad_out, x):
-    return x.new_empty(x.shape)
-
-
-forward = define("geglu_fwd", "(Tensor x) -> Tensor", _fake_fwd)
-backward = define("geglu_bwd", "(Tensor grad_out, Tensor x) -> Tensor", _fake_bwd)
-
-
-def _setup_context(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
-
-
-def _backward(ctx, grad_out):
-    return backward(grad_out, *ctx.saved_tensors)
-
-
-torch.library.register_autograd("tiue::geglu_fwd", _backward, setup_context=_setup_context)
+forward, backward = declare(
+    "geglu",
+    "(Tensor x) -> Tensor out",
+    "(Tensor grad_out, Tensor x) -> Tensor grad_x",
+    fake=_fake,
+    kernels={"triton": KERNEL, "reference": ANYWHERE},
+    decomposition=geglu_fwd,
+)

@@ -1,4 +1,4 @@
-"""`tiue::group_norm_linear_fwd` and `_bwd`: group norm of a map, then a linear map of its pixels.
+"""Group norm of a map, then a linear map of its pixels.
 
 Backward needs x and the statistics alone: the normalised map is computed again, and not kept.
 """
@@ -7,10 +7,16 @@ import torch
 import torch.nn.functional as F
 
 from tiue_kernels.layout import for_group_norm, like
-from tiue_kernels.ops._library import define, rows_like
+from tiue_kernels.ops._library import declare
 
 
-def _normalise(x, num_groups, norm_weight, norm_bias, eps):
+def _normalise(
+    x: torch.Tensor,
+    num_groups: int,
+    norm_weight: torch.Tensor,
+    norm_bias: torch.Tensor,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """GroupNorm(x), mean and rstd."""
     rows, channels, height, width = x.shape
     norm = (norm_weight.to(x.dtype).contiguous(), norm_bias.to(x.dtype).contiguous())
@@ -18,18 +24,45 @@ def _normalise(x, num_groups, norm_weight, norm_bias, eps):
     return torch.native_group_norm(for_group_norm(x), *norm, *size, num_groups, eps)
 
 
-def _run_fwd(x, num_groups, norm_weight, norm_bias, eps, weight, bias):
+def _run_forward(
+    x: torch.Tensor,
+    num_groups: int,
+    norm_weight: torch.Tensor,
+    norm_bias: torch.Tensor,
+    eps: float,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     out, mean, rstd = _normalise(x, num_groups, norm_weight, norm_bias, eps)
     return F.linear(out.flatten(2).transpose(1, 2), weight, bias), mean, rstd
 
 
-def _fake_fwd(x, num_groups, norm_weight, norm_bias, eps, weight, bias):
+def _fake(
+    x: torch.Tensor,
+    num_groups: int,
+    norm_weight: torch.Tensor,
+    norm_bias: torch.Tensor,
+    eps: float,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     rows, _, height, width = x.shape
     stats = x.new_empty(rows, num_groups)  # of x's dtype, as torch gives them on every device
     return x.new_empty(rows, height * width, weight.shape[0]), stats, torch.empty_like(stats)
 
 
-def _run_bwd(grad_out, x, num_groups, norm_weight, norm_bias, eps, weight, mean, rstd, output_mask):
+def _run_backward(
+    grad_out: torch.Tensor,
+    x: torch.Tensor,
+    num_groups: int,
+    norm_weight: torch.Tensor,
+    norm_bias: torch.Tensor,
+    eps: float,
+    weight: torch.Tensor,
+    mean: torch.Tensor,
+    rstd: torch.Tensor,
+    output_mask: list[bool],
+) -> tuple[torch.Tensor, ...]:
     need_norm, need_weight, need_bias = output_mask
     rows, channels, height, width = x.shape
     grad_weight = grad_bias = x.new_empty(0)
@@ -51,59 +84,16 @@ def _run_bwd(grad_out, x, num_groups, norm_weight, norm_bias, eps, weight, mean,
     return *grads, grad_weight, grad_bias
 
 
-def _fake_bwd(
-    grad_out, x, num_groups, norm_weight, norm_bias, eps, weight, mean, rstd, output_mask
-):
-    need_norm, need_weight, need_bias = output_mask
-    grads = tuple(x.new_empty(0) for _ in range(3))
-    if need_norm:
-        norm = (norm_weight.new_empty(norm_weight.shape), norm_bias.new_empty(norm_bias.shape))
-        grads = (rows_like(x, *x.shape), *norm)
-    return (
-        *grads,
-        weight.new_empty(weight.shape if need_weight else 0),
-        weight.new_empty(weight.shape[0] if need_bias else 0),
-    )
-
-
-forward = define(
-    "group_norm_linear_fwd",
+forward, backward = declare(
+    "group_norm_linear",
     "(Tensor x, int num_groups, Tensor norm_weight, Tensor norm_bias, float eps, Tensor weight,"
-    " Tensor? bias) -> (Tensor, Tensor, Tensor)",
-    _fake_fwd,
-    _run_fwd,
-)
-backward = define(
-    "group_norm_linear_bwd",
+    " Tensor? bias) -> (Tensor out, Tensor mean, Tensor rstd)",
     "(Tensor grad_out, Tensor x, int num_groups, Tensor norm_weight, Tensor norm_bias, float eps,"
     " Tensor weight, Tensor mean, Tensor rstd, bool[3] output_mask)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _fake_bwd,
-    _run_bwd,
-)
-
-
-def _setup_context(ctx, inputs, output):
-    x, ctx.num_groups, norm_weight, norm_bias, ctx.eps, weight, _ = inputs
-    ctx.save_for_backward(x, norm_weight, norm_bias, weight, *output[1:])
-
-
-def _backward(ctx, grad_out, _mean, _rstd):
-    x, norm_weight, norm_bias, weight, mean, rstd = ctx.saved_tensors
-    needs = ctx.needs_input_grad
-    norm_needed = (needs[0], needs[2], needs[3])
-    *grads, grad_weight, grad_bias = backward(
-        *(grad_out, x, ctx.num_groups, norm_weight, norm_bias, ctx.eps, weight, mean, rstd),
-        [any(norm_needed), needs[5], needs[6]],
-    )
-    grads = [grad if want else None for grad, want in zip(grads, norm_needed, strict=True)]
-    return (
-        *(grads[0], None, *grads[1:], None),
-        grad_weight if needs[5] else None,
-        grad_bias if needs[6] else None,
-    )
-
-
-torch.library.register_autograd(
-    "tiue::group_norm_linear_fwd", _backward, setup_context=_setup_context
+    " -> (Tensor grad_x, Tensor grad_norm_weight, Tensor grad_norm_bias, Tensor grad_weight,"
+    " Tensor grad_bias)",
+    fake=_fake,
+    wanted=[("x", "norm_weight", "norm_bias"), ("weight",), ("bias",)],
+    run=(_run_forward, _run_backward),
+    decomposition=_run_forward,
 )

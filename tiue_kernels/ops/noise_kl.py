@@ -1,31 +1,22 @@
-"""`tiue::noise_kl_fwd` and `_bwd`."""
+"""KL(N(mu, var) || N(0, 1)) of every noise map."""
 
 import torch
 
-from tiue_kernels.ops._library import define, statistics_dtype
+from tiue_kernels.dispatch import ANYWHERE, KERNEL
+from tiue_kernels.ops._library import declare, statistics_dtype
+from tiue_kernels.reference.noise_kl import noise_kl_fwd
 
 
-def _fake_fwd(noise_pred):
+def _fake(noise_pred: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     kl = noise_pred.new_empty(noise_pred.shape[:-3], dtype=statistics_dtype(noise_pred.dtype))
     return kl, kl.new_empty(2, *kl.shape)
 
 
-def _fake_bwd(grad_kl, noise_pred, moments):
-    return noise_pred.new_empty(noise_pred.shape)
-
-
-forward = define("noise_kl_fwd", "(Tensor noise_pred) -> (Tensor, Tensor)", _fake_fwd)
-backward = define(
-    "noise_kl_bwd", "(Tensor grad_kl, Tensor noise_pred, Tensor moments) -> Tensor", _fake_bwd
+forward, backward = declare(
+    "noise_kl",
+    "(Tensor noise_pred) -> (Tensor kl, Tensor moments)",
+    "(Tensor grad_kl, Tensor noise_pred, Tensor moments) -> Tensor grad_noise_pred",
+    fake=_fake,
+    kernels={"triton": KERNEL, "reference": ANYWHERE},
+    decomposition=noise_kl_fwd,
 )
-
-
-def _setup_context(ctx, inputs, output):
-    ctx.save_for_backward(*inputs, output[1])
-
-
-def _backward(ctx, grad_kl, _moments):
-    return backward(grad_kl, *ctx.saved_tensors)
-
-
-torch.library.register_autograd("tiue::noise_kl_fwd", _backward, setup_context=_setup_context)

@@ -1,15 +1,27 @@
-"""`tiue::one_pass_combine_fwd` and `_bwd`."""
+"""S z + sum_k E_k eps_k."""
 
 import torch
 
-from tiue_kernels.ops._library import define, rows_like
+from tiue_kernels.dispatch import ANYWHERE, KERNEL
+from tiue_kernels.ops._library import declare, rows_like
+from tiue_kernels.reference.one_pass_combine import one_pass_combine_fwd
 
 
-def _fake_fwd(latents, noise_pred, latent_coefficient, noise_coefficients):
+def _fake(
+    latents: torch.Tensor,
+    noise_pred: torch.Tensor,
+    latent_coefficient: float,
+    noise_coefficients: torch.Tensor,
+) -> torch.Tensor:
     return rows_like(latents, *latents.shape)
 
 
-def _fake_bwd(grad_out, noise_pred, latent_coefficient, noise_coefficients):
+def _fake_backward(
+    grad_out: torch.Tensor,
+    noise_pred: torch.Tensor,
+    latent_coefficient: float,
+    noise_coefficients: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return (
         rows_like(grad_out, *grad_out.shape),
         noise_pred.new_empty(noise_pred.shape),
@@ -17,33 +29,14 @@ def _fake_bwd(grad_out, noise_pred, latent_coefficient, noise_coefficients):
     )
 
 
-forward = define(
-    "one_pass_combine_fwd",
+forward, backward = declare(
+    "one_pass_combine",
     "(Tensor latents, Tensor noise_pred, float latent_coefficient, Tensor noise_coefficients)"
-    " -> Tensor",
-    _fake_fwd,
-)
-backward = define(
-    "one_pass_combine_bwd",
+    " -> Tensor out",
     "(Tensor grad_out, Tensor noise_pred, float latent_coefficient, Tensor noise_coefficients)"
-    " -> (Tensor, Tensor, Tensor)",
-    _fake_bwd,
-)
-
-
-def _setup_context(ctx, inputs, output):
-    _, noise_pred, ctx.latent_coefficient, noise_coefficients = inputs
-    ctx.save_for_backward(noise_pred, noise_coefficients)
-
-
-def _backward(ctx, grad_out):
-    noise_pred, noise_coefficients = ctx.saved_tensors
-    grad_latents, grad_noise_pred, grad_coefficients = backward(
-        grad_out, noise_pred, ctx.latent_coefficient, noise_coefficients
-    )
-    return grad_latents, grad_noise_pred, None, grad_coefficients
-
-
-torch.library.register_autograd(
-    "tiue::one_pass_combine_fwd", _backward, setup_context=_setup_context
+    " -> (Tensor grad_latents, Tensor grad_noise_pred, Tensor grad_noise_coefficients)",
+    fake=_fake,
+    fake_backward=_fake_backward,
+    kernels={"triton": KERNEL, "reference": ANYWHERE},
+    decomposition=one_pass_combine_fwd,
 )

@@ -1,8 +1,11 @@
-"""`tiue::shared_skip_group_norm_silu_fwd` and `_bwd`."""
+"""SiLU(GroupNorm(concat(hidden, skip))) over K timesteps, the skip normalised once."""
 
 import torch
+import torch.nn.functional as F
 
-from tiue_kernels.ops._library import define, rows_like, statistics_dtype
+from tiue_kernels.dispatch import ANYWHERE, KERNEL
+from tiue_kernels.ops._library import declare, rows_like, statistics_dtype
+from tiue_kernels.ops.decomposed_norm import group_norm
 
 
 def border_group(hidden_channels: int, channels: int, num_groups: int) -> int:
@@ -10,7 +13,14 @@ def border_group(hidden_channels: int, channels: int, num_groups: int) -> int:
     return -(-hidden_channels * num_groups // channels)
 
 
-def _fake_fwd(hidden, skip, num_groups, weight, bias, eps):
+def _fake(
+    hidden: torch.Tensor,
+    skip: torch.Tensor,
+    num_groups: int,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     channels = hidden.shape[1] + skip.shape[1]
     groups = border_group(hidden.shape[1], channels, num_groups)
     border = groups * (channels // num_groups)
@@ -23,54 +33,40 @@ def _fake_fwd(hidden, skip, num_groups, weight, bias, eps):
     )
 
 
-def _fake_bwd(
-    grad_hidden_out,
-    grad_skip_out,
-    hidden,
-    skip,
-    num_groups,
-    weight,
-    bias,
-    hidden_stats,
-    skip_stats,
-):
-    return (
-        rows_like(hidden, *hidden.shape),
-        rows_like(hidden, *skip.shape),
-        weight.new_empty(weight.shape),
-        bias.new_empty(bias.shape),
+def _decomposed(
+    hidden: torch.Tensor,
+    skip: torch.Tensor,
+    num_groups: int,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    groups = border_group(hidden.shape[1], weight.shape[0], num_groups)
+    border = groups * (weight.shape[0] // num_groups)
+    straddling = border - hidden.shape[1]
+    dtype = statistics_dtype(hidden.dtype)
+    front, back = hidden, skip[:, straddling:]
+    if straddling:
+        timesteps = hidden.shape[0] // skip.shape[0]
+        front = torch.cat([hidden, skip[:, :straddling].repeat(timesteps, 1, 1, 1)], dim=1)
+    out, stats = group_norm(front.to(dtype), groups, weight[:border], bias[:border], eps)
+    out = F.silu(out).to(hidden.dtype)
+    if groups == num_groups:
+        return out, back.contiguous(), stats, stats.new_empty(2, skip.shape[0], 0)
+    shared, shared_stats = group_norm(
+        back.to(dtype), num_groups - groups, weight[border:], bias[border:], eps
     )
+    return out, F.silu(shared).to(hidden.dtype), stats, shared_stats
 
 
-forward = define(
-    "shared_skip_group_norm_silu_fwd",
+forward, backward = declare(
+    "shared_skip_group_norm_silu",
     "(Tensor hidden, Tensor skip, int num_groups, Tensor weight, Tensor bias, float eps)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
-    _fake_fwd,
-)
-backward = define(
-    "shared_skip_group_norm_silu_bwd",
+    " -> (Tensor hidden_out, Tensor skip_out, Tensor hidden_stats, Tensor skip_stats)",
     "(Tensor grad_hidden_out, Tensor grad_skip_out, Tensor hidden, Tensor skip, int num_groups,"
     " Tensor weight, Tensor bias, Tensor hidden_stats, Tensor skip_stats)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
-    _fake_bwd,
-)
-
-
-def _setup_context(ctx, inputs, output):
-    hidden, skip, ctx.num_groups, weight, bias, _ = inputs
-    ctx.save_for_backward(hidden, skip, weight, bias, *output[2:])
-
-
-def _backward(ctx, grad_hidden_out, grad_skip_out, _hidden_stats, _skip_stats):
-    hidden, skip, weight, bias, *stats = ctx.saved_tensors
-    grads = backward(
-        grad_hidden_out, grad_skip_out, hidden, skip, ctx.num_groups, weight, bias, *stats
-    )
-    grad_hidden, grad_skip, grad_weight, grad_bias = grads
-    return grad_hidden, grad_skip, None, grad_weight, grad_bias, None
-
-
-torch.library.register_autograd(
-    "tiue::shared_skip_group_norm_silu_fwd", _backward, setup_context=_setup_context
+    " -> (Tensor grad_hidden, Tensor grad_skip, Tensor grad_weight, Tensor grad_bias)",
+    fake=_fake,
+    kernels={"cuda": KERNEL, "triton": KERNEL, "reference": ANYWHERE},
+    decomposition=_decomposed,
 )

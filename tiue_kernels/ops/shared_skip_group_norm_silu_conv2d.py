@@ -1,183 +1,138 @@
-"""`tiue::shared_skip_group_norm_silu_conv2d_fwd` and `_bwd`: norm, SiLU and split convolution.
+"""Norm, SiLU and convolution of concat(hidden, skip), split at the skip's border.
 
 Backward needs the inputs and the statistics alone: the normalised maps are computed again, in one
 elementwise kernel, and not kept.
 """
 
 import torch
+import torch.nn.functional as F
 
-from tiue_kernels import convolution
+from tiue_kernels import dispatch
+from tiue_kernels.layout import convolved_like
+from tiue_kernels.ops import conv2d
 from tiue_kernels.ops import shared_skip_group_norm_silu as norm
-from tiue_kernels.ops._library import define, rows_like, statistics_dtype
+from tiue_kernels.ops._library import declare, statistics_dtype
+
+Outputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-def _run_fwd(hidden, skip, num_groups, norm_weight, norm_bias, eps, weight, bias, padding):
+def _run_forward(
+    hidden: torch.Tensor,
+    skip: torch.Tensor,
+    num_groups: int,
+    norm_weight: torch.Tensor,
+    norm_bias: torch.Tensor,
+    eps: float,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    padding: list[int],
+) -> Outputs:
     front, back, *stats = norm.forward(hidden, skip, num_groups, norm_weight, norm_bias, eps)
-    border = front.shape[1]
-    keep = not convolution.is_trained(weight, hidden, skip)
     if not back.shape[1]:
         # No group lies wholly in the skip: nothing is shared, and the hidden part takes the bias.
-        out = convolution.conv2d(front, weight, bias, padding, keep=keep)
+        out = conv2d.forward(front, weight, bias, padding, 0)
         return out, out.new_empty(0), *stats
-    out_hidden = convolution.conv2d(front, weight, None, padding, keep=keep)
-    out_skip = convolution.conv2d(back, weight, bias, padding, border, keep)
-    return out_hidden, out_skip, *stats
+    out_hidden = conv2d.forward(front, weight, None, padding, 0)
+    return out_hidden, conv2d.forward(back, weight, bias, padding, front.shape[1]), *stats
 
 
-def _fake_fwd(hidden, skip, num_groups, norm_weight, norm_bias, eps, weight, bias, padding):
+def _reference(
+    hidden: torch.Tensor,
+    skip: torch.Tensor,
+    num_groups: int,
+    norm_weight: torch.Tensor,
+    norm_bias: torch.Tensor,
+    eps: float,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    padding: list[int],
+) -> Outputs:
+    """The whole convolution in the rows, zeros in what is shared: two sums round otherwise."""
+    front, back, *stats = norm.forward(hidden, skip, num_groups, norm_weight, norm_bias, eps)
+    if back.shape[1]:
+        front = torch.cat([front, back.repeat(len(front) // max(len(back), 1), 1, 1, 1)], dim=1)
+    out = F.conv2d(front, weight, bias, padding=padding)
+    return out, out.new_zeros(out[: len(back)].shape if back.shape[1] else 0), *stats
+
+
+def _fake(
+    hidden: torch.Tensor,
+    skip: torch.Tensor,
+    num_groups: int,
+    norm_weight: torch.Tensor,
+    norm_bias: torch.Tensor,
+    eps: float,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    padding: list[int],
+) -> Outputs:
     channels = hidden.shape[1] + skip.shape[1]
     groups = norm.border_group(hidden.shape[1], channels, num_groups)
-    size = [
-        extent + 2 * pad - kernel + 1
-        for extent, pad, kernel in zip(hidden.shape[2:], padding, weight.shape[2:], strict=True)
-    ]
+    size = conv2d.convolved_size(hidden.shape[2:], weight, padding)
     dtype = statistics_dtype(hidden.dtype)
     out_skip = hidden.new_empty(0)
     if groups < num_groups:
-        out_skip = convolution.output_like(hidden, weight, skip.shape[0], *size)
+        out_skip = convolved_like(hidden, weight, skip.shape[0], *size)
     return (
-        convolution.output_like(hidden, weight, hidden.shape[0], *size),
+        convolved_like(hidden, weight, hidden.shape[0], *size),
         out_skip,
         hidden.new_empty(2, hidden.shape[0], groups, dtype=dtype),
         hidden.new_empty(2, skip.shape[0], num_groups - groups, dtype=dtype),
     )
 
 
-def _run_bwd(
-    grad_hidden_out,
-    grad_skip_out,
-    hidden,
-    skip,
-    num_groups,
-    norm_weight,
-    norm_bias,
-    eps,
-    weight,
-    hidden_stats,
-    skip_stats,
-    padding,
-    output_mask,
-):
-    front, back, *_ = norm.forward(hidden, skip, num_groups, norm_weight, norm_bias, eps)
+def _run_backward(
+    grad_hidden_out: torch.Tensor,
+    grad_skip_out: torch.Tensor,
+    hidden: torch.Tensor,
+    skip: torch.Tensor,
+    num_groups: int,
+    norm_weight: torch.Tensor,
+    norm_bias: torch.Tensor,
+    eps: float,
+    weight: torch.Tensor,
+    hidden_stats: torch.Tensor,
+    skip_stats: torch.Tensor,
+    padding: list[int],
+    output_mask: list[bool],
+) -> tuple[torch.Tensor, ...]:
+    inputs = (hidden, skip, num_groups, norm_weight, norm_bias)
+    front, back, *_ = norm.forward(*inputs, eps)
     border = front.shape[1]
     need_input, need_weight, need_bias = output_mask
     whole = not back.shape[1]
     # Written in two parts where they belong: to join two would be 118 MB of new memory more.
     grad_weight = torch.empty_like(weight) if need_weight else None
     parts = (None, None) if grad_weight is None else grad_weight.tensor_split([border], dim=1)
-    grad_front, _, grad_bias = convolution.conv2d_backward(
-        *(grad_hidden_out, front, weight, padding, 0),
-        *((need_input, need_weight, need_bias and whole), parts[0]),
+    mask = [need_input, need_weight, need_bias and whole]
+    grad_front, _, grad_bias = dispatch.call(
+        "conv2d", "bwd", grad_hidden_out, front, weight, padding, 0, mask, parts[0]
     )
     grad_back = back
     if not whole:
-        grad_back, _, grad_bias = convolution.conv2d_backward(
-            *(grad_skip_out, back, weight, padding, border),
-            *((need_input, need_weight, need_bias), parts[1]),
+        grad_back, _, grad_bias = dispatch.call(
+            "conv2d", "bwd", grad_skip_out, back, weight, padding, border, output_mask, parts[1]
         )
+    grads = tuple(hidden.new_empty(0) for _ in range(4))
     if need_input:
-        inputs = norm.backward(
-            grad_front,
-            grad_back,
-            hidden,
-            skip,
-            num_groups,
-            norm_weight,
-            norm_bias,
-            hidden_stats,
-            skip_stats,
-        )
-    else:
-        inputs = tuple(hidden.new_empty(0) for _ in range(4))
-    return *inputs, weight.new_empty(0) if grad_weight is None else grad_weight, grad_bias
+        grads = norm.backward(grad_front, grad_back, *inputs, hidden_stats, skip_stats)
+    return *grads, weight.new_empty(0) if grad_weight is None else grad_weight, grad_bias
 
 
-def _fake_bwd(
-    grad_hidden_out,
-    grad_skip_out,
-    hidden,
-    skip,
-    num_groups,
-    norm_weight,
-    norm_bias,
-    eps,
-    weight,
-    hidden_stats,
-    skip_stats,
-    padding,
-    output_mask,
-):
-    need_input, need_weight, need_bias = output_mask
-    inputs = tuple(hidden.new_empty(0) for _ in range(4))
-    if need_input:
-        inputs = (
-            rows_like(hidden, *hidden.shape),
-            rows_like(hidden, *skip.shape),
-            norm_weight.new_empty(norm_weight.shape),
-            norm_bias.new_empty(norm_bias.shape),
-        )
-    return (
-        *inputs,
-        rows_like(weight, *weight.shape) if need_weight else weight.new_empty(0),
-        weight.new_empty(weight.shape[0] if need_bias else 0),
-    )
-
-
-forward = define(
-    "shared_skip_group_norm_silu_conv2d_fwd",
+forward, backward = declare(
+    "shared_skip_group_norm_silu_conv2d",
     "(Tensor hidden, Tensor skip, int num_groups, Tensor norm_weight, Tensor norm_bias,"
     " float eps, Tensor weight, Tensor? bias, int[2] padding)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
-    _fake_fwd,
-    _run_fwd,
-)
-backward = define(
-    "shared_skip_group_norm_silu_conv2d_bwd",
+    " -> (Tensor hidden_out, Tensor skip_out, Tensor hidden_stats, Tensor skip_stats)",
     "(Tensor grad_hidden_out, Tensor grad_skip_out, Tensor hidden, Tensor skip, int num_groups,"
     " Tensor norm_weight, Tensor norm_bias, float eps, Tensor weight, Tensor hidden_stats,"
     " Tensor skip_stats, int[2] padding, bool[3] output_mask)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _fake_bwd,
-    _run_bwd,
-)
-
-
-def _setup_context(ctx, inputs, output):
-    hidden, skip, ctx.num_groups, norm_weight, norm_bias, ctx.eps, weight, _, ctx.padding = inputs
-    ctx.save_for_backward(hidden, skip, norm_weight, norm_bias, weight, *output[2:])
-
-
-def _backward(ctx, grad_hidden_out, grad_skip_out, _hidden_stats, _skip_stats):
-    hidden, skip, norm_weight, norm_bias, weight, *stats = ctx.saved_tensors
-    needed = ctx.needs_input_grad
-    norm_needed = (needed[0], needed[1], needed[3], needed[4])
-    output_mask = [any(norm_needed), needed[6], needed[7]]
-    *inputs, grad_weight, grad_bias = backward(
-        grad_hidden_out,
-        grad_skip_out,
-        hidden,
-        skip,
-        ctx.num_groups,
-        norm_weight,
-        norm_bias,
-        ctx.eps,
-        weight,
-        *stats,
-        ctx.padding,
-        output_mask,
-    )
-    grads = [grad if want else None for grad, want in zip(inputs, norm_needed, strict=True)]
-    return (
-        *grads[:2],
-        None,
-        *grads[2:],
-        None,
-        grad_weight if needed[6] else None,
-        grad_bias if needed[7] else None,
-        None,
-    )
-
-
-torch.library.register_autograd(
-    "tiue::shared_skip_group_norm_silu_conv2d_fwd", _backward, setup_context=_setup_context
+    " -> (Tensor grad_hidden, Tensor grad_skip, Tensor grad_norm_weight, Tensor grad_norm_bias,"
+    " Tensor grad_weight, Tensor grad_bias)",
+    fake=_fake,
+    wanted=[("hidden", "skip", "norm_weight", "norm_bias"), ("weight",), ("bias",)],
+    run=(_run_forward, _run_backward),
+    made_of=("shared_skip_group_norm_silu", "conv2d"),
+    reference=_reference,
+    decomposition=_run_forward,
 )

@@ -1,11 +1,21 @@
-"""`tiue::timestep_sum_group_norm_silu_fwd` and `_bwd`."""
+"""sum_k E_k SiLU(GroupNorm(hidden_kb))."""
 
 import torch
+import torch.nn.functional as F
 
-from tiue_kernels.ops._library import define, rows_like, statistics_dtype
+from tiue_kernels.dispatch import ANYWHERE, KERNEL
+from tiue_kernels.ops._library import declare, rows_like, statistics_dtype
+from tiue_kernels.ops.decomposed_norm import group_norm
 
 
-def _fake_fwd(hidden, coefficients, num_groups, weight, bias, eps):
+def _fake(
+    hidden: torch.Tensor,
+    coefficients: torch.Tensor,
+    num_groups: int,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
     rows = hidden.shape[0]
     return (
         rows_like(hidden, rows // coefficients.shape[0], *hidden.shape[1:]),
@@ -13,41 +23,30 @@ def _fake_fwd(hidden, coefficients, num_groups, weight, bias, eps):
     )
 
 
-def _fake_bwd(grad_out, hidden, coefficients, num_groups, weight, bias, stats):
-    return (
-        rows_like(hidden, *hidden.shape),
-        coefficients.new_empty(coefficients.shape),
-        weight.new_empty(weight.shape),
-        bias.new_empty(bias.shape),
-    )
+def _decomposed(
+    hidden: torch.Tensor,
+    coefficients: torch.Tensor,
+    num_groups: int,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    dtype = statistics_dtype(hidden.dtype)
+    out, stats = group_norm(hidden.to(dtype), num_groups, weight, bias, eps)
+    timesteps = coefficients.shape[0]
+    rows = F.silu(out).unflatten(0, (timesteps, hidden.shape[0] // timesteps))
+    total = (coefficients.to(dtype)[:, None, None, None, None] * rows).sum(0)
+    return total.to(hidden.dtype), stats
 
 
-forward = define(
-    "timestep_sum_group_norm_silu_fwd",
+forward, backward = declare(
+    "timestep_sum_group_norm_silu",
     "(Tensor hidden, Tensor coefficients, int num_groups, Tensor weight, Tensor bias, float eps)"
-    " -> (Tensor, Tensor)",
-    _fake_fwd,
-)
-backward = define(
-    "timestep_sum_group_norm_silu_bwd",
+    " -> (Tensor out, Tensor stats)",
     "(Tensor grad_out, Tensor hidden, Tensor coefficients, int num_groups, Tensor weight,"
-    " Tensor bias, Tensor stats) -> (Tensor, Tensor, Tensor, Tensor)",
-    _fake_bwd,
-)
-
-
-def _setup_context(ctx, inputs, output):
-    hidden, coefficients, ctx.num_groups, weight, bias, _ = inputs
-    ctx.save_for_backward(hidden, coefficients, weight, bias, output[1])
-
-
-def _backward(ctx, grad_out, _stats):
-    hidden, coefficients, weight, bias, stats = ctx.saved_tensors
-    grads = backward(grad_out, hidden, coefficients, ctx.num_groups, weight, bias, stats)
-    grad_hidden, grad_coefficients, grad_weight, grad_bias = grads
-    return grad_hidden, grad_coefficients, None, grad_weight, grad_bias, None
-
-
-torch.library.register_autograd(
-    "tiue::timestep_sum_group_norm_silu_fwd", _backward, setup_context=_setup_context
+    " Tensor bias, Tensor stats)"
+    " -> (Tensor grad_hidden, Tensor grad_coefficients, Tensor grad_weight, Tensor grad_bias)",
+    fake=_fake,
+    kernels={"triton": KERNEL, "reference": ANYWHERE},
+    decomposition=_decomposed,
 )

@@ -112,7 +112,7 @@ def test_two_runs_give_the_same_bits() -> None:
 
 def test_the_dispatcher_takes_it_and_backward_is_the_references() -> None:
     tensors = make(CASES["text"])
-    assert dispatch.select("cross_timestep_attention", (*tensors, 2, 0.1, None)) == "cpu"
+    assert dispatch.select("cross_timestep_attention", "fwd", (*tensors, 2, 0.1, None)) == "cpu"
     grad = (noise(*tensors[0].shape, dtype=torch.float32, seed=9),)
 
     def ours(*tensors):
@@ -129,7 +129,9 @@ def test_what_it_does_not_serve_goes_to_the_reference() -> None:
     query, key, value = make(CASES["text"])
     bias = torch.zeros(2, 1, 77)
     select = dispatch.select
-    assert select("cross_timestep_attention", (query, key, value, 2, 0.1, bias)) == "reference"
+    assert (
+        select("cross_timestep_attention", "fwd", (query, key, value, 2, 0.1, bias)) == "reference"
+    )
     doubled = [tensor.double() for tensor in (query, key, value)]
-    assert select("cross_timestep_attention", (*doubled, 2, 0.1, None)) == "reference"
-    assert select("geglu", (query,)) == "reference"
+    assert select("cross_timestep_attention", "fwd", (*doubled, 2, 0.1, None)) == "reference"
+    assert select("geglu", "fwd", (query,)) == "reference"

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from tests.tolerances import WINOGRAD_RELATIVE
-from tiue_kernels import convolution, functional, winograd, winograd_weights
-from tiue_kernels.winograd_weights import POINTS, WeightCache
+from tiue_kernels import functional, use_backend
+from tiue_kernels.cpu import conv2d, winograd, winograd_weights
+from tiue_kernels.cpu.winograd_weights import POINTS, WeightCache
 
 pytestmark = pytest.mark.usefixtures("with_cpu_library")
 
@@ -34,7 +35,7 @@ def check(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, star
         x.double(), part.double(), None if bias is None else bias.double(), padding=1
     )
     with torch.no_grad():
-        out = winograd.conv2d(x, weight, bias, 1, start)
+        out = winograd.conv2d(x, weight, bias, [1, 1], start)
     assert out is not None
     assert out.shape == reference.shape
     assert out.is_contiguous()
@@ -59,7 +60,7 @@ def test_a_part_of_a_weight(start: int, limit: int, cache: WeightCache) -> None:
 
 
 def check_gradients(
-    x: torch.Tensor, weight: torch.Tensor, start: int, output_mask: tuple[bool, bool, bool]
+    x: torch.Tensor, weight: torch.Tensor, start: int, output_mask: list[bool]
 ) -> None:
     part = weight[:, start : start + x.shape[1]].double().requires_grad_()
     reference_x = x.double().requires_grad_()
@@ -69,10 +70,9 @@ def check_gradients(
     expected = (reference_x.grad, part.grad, grad_out.double().sum((0, 2, 3)))
     whole = torch.full_like(weight, 7.0)
     with torch.no_grad():
-        assert winograd.serves_backward(x, weight, 1)
-        actual = convolution.conv2d_backward(
-            grad_out, x, weight, 1, start, output_mask, whole[:, start : start + x.shape[1]]
-        )
+        assert winograd.serves_backward(x, weight, [1, 1])
+        part = whole[:, start : start + x.shape[1]]
+        actual = conv2d.conv2d_bwd(grad_out, x, weight, [1, 1], start, output_mask, part)
     for wanted, found, reference in zip(output_mask, actual, expected, strict=True):
         assert found.shape == (reference.shape if wanted else (0,))
         if wanted:
@@ -89,42 +89,50 @@ def check_gradients(
 @pytest.mark.parametrize("size", [(32, 32), (30, 33), (5, 130), (256, 1), (1, 257)])
 @pytest.mark.parametrize("rows", [1, 3, 40])
 def test_gradients_equal_the_convolutions(rows: int, size: tuple[int, int]) -> None:
-    check_gradients(noise(rows, 65, *size), noise(96, 65, 3, 3), 0, (True, True, True))
+    check_gradients(noise(rows, 65, *size), noise(96, 65, 3, 3), 0, [True, True, True])
 
 
 def test_gradients_of_channels_in_several_parts(monkeypatch) -> None:
     monkeypatch.setattr(winograd, "MOST_BYTES", 2**16)  # 32 channels and one row at a time
-    check_gradients(noise(3, 70, 33, 31), noise(90, 70, 3, 3), 0, (True, True, True))
+    check_gradients(noise(3, 70, 33, 31), noise(90, 70, 3, 3), 0, [True, True, True])
 
 
 @pytest.mark.parametrize("start", [0, 5, 32])
 @pytest.mark.parametrize("wanted", range(3))
 def test_gradients_of_a_part_of_a_weight(start: int, wanted: int) -> None:
-    output_mask = (wanted == 0, wanted == 1, wanted == 2)
+    output_mask = [wanted == 0, wanted == 1, wanted == 2]
     check_gradients(noise(2, 65, 32, 31), noise(70, 97, 3, 3), start, output_mask)
 
 
 def test_what_it_does_not_serve_is_left_to_torch(cache: WeightCache) -> None:
     x, weight, bias = noise(2, 64, 32, 32), noise(64, 64, 3, 3), noise(64)
     with torch.no_grad():
-        assert winograd.conv2d(x, weight, bias, 1) is not None
-        assert winograd.conv2d(x, weight, bias, 0) is None
-        assert winograd.conv2d(x, noise(64, 64, 1, 1), bias, 0) is None
-        assert winograd.conv2d(x.double(), weight.double(), bias.double(), 1) is None
-        assert winograd.conv2d(x.to(memory_format=torch.channels_last), weight, bias, 1) is None
-        assert winograd.conv2d(x[:, :32], weight[:, :32], bias, 1) is None
-        assert winograd.conv2d(x[:0], weight, bias, 1) is None
-        assert winograd.conv2d(x[:1, :, :4, :4].contiguous(), weight, bias, 1) is None
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            assert winograd.conv2d(x, weight, bias, 1) is None
-    assert winograd.conv2d(x, weight, bias, 1) is None  # autograd would not see it
+        assert winograd.conv2d(x, weight, bias, [1, 1]) is not None
+        assert winograd.conv2d(x, weight, bias, [0, 0]) is None
+        assert winograd.conv2d(x, noise(64, 64, 1, 1), bias, [0, 0]) is None
+        assert winograd.conv2d(x.double(), weight.double(), bias.double(), [1, 1]) is None
+        assert (
+            winograd.conv2d(x.to(memory_format=torch.channels_last), weight, bias, [1, 1]) is None
+        )
+        assert winograd.conv2d(x[:, :32], weight[:, :32], bias, [1, 1]) is None
+        assert winograd.conv2d(x[:0], weight, bias, [1, 1]) is None
+        assert winograd.conv2d(x[:1, :, :4, :4].contiguous(), weight, bias, [1, 1]) is None
+
+
+def test_autocast_and_autograd_settle_what_it_is_given(cache: WeightCache) -> None:
+    x, weight, bias = noise(2, 64, 32, 32), noise(64, 64, 3, 3).requires_grad_(), noise(64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert functional.conv2d(x, weight, bias, 1).dtype == torch.bfloat16
+    (grad,) = torch.autograd.grad(functional.conv2d(x, weight, bias, 1).sum(), weight)
+    (expected,) = torch.autograd.grad(F.conv2d(x, weight, bias, padding=1).sum(), weight)
+    assert (grad - expected).abs().max() <= WINOGRAD_RELATIVE * expected.std()
 
 
 def test_convolutions_of_the_package_take_it(cache: WeightCache) -> None:
     x, weight, bias = noise(2, 64, 32, 32), noise(64, 80, 3, 3), noise(64)
     with torch.no_grad():
-        out = convolution.conv2d(x, weight, bias, 1, start=16)
-        assert torch.equal(out, winograd.conv2d(x, weight, bias, 1, 16))
+        _, out = functional.split_conv2d(noise(2, 16, 32, 32), x, weight, bias, 1)
+        assert torch.equal(out, winograd.conv2d(x, weight, bias, [1, 1], 16))
 
 
 def _adam(conv: nn.Conv2d) -> None:
@@ -222,7 +230,7 @@ def test_a_weight_in_training_is_not_kept(cache: WeightCache) -> None:
     assert cache.bytes
 
 
-def test_a_training_step_equals_that_of_direct_convolutions(monkeypatch) -> None:
+def test_a_training_step_equals_that_of_direct_convolutions() -> None:
     def gradients() -> list[torch.Tensor]:
         hidden, skip = noise(4, 64, 32, 32).requires_grad_(), noise(2, 64, 32, 32).requires_grad_()
         weight, upsampler = noise(96, 128, 3, 3) / 30, noise(64, 96, 3, 3) / 30
@@ -235,8 +243,9 @@ def test_a_training_step_equals_that_of_direct_convolutions(monkeypatch) -> None
         return [tensor.grad for tensor in (hidden, skip, weight, upsampler)]
 
     actual = gradients()
-    monkeypatch.setattr(winograd, "serves", lambda *_: False)
-    for found, expected in zip(actual, gradients(), strict=True):
+    with use_backend(conv2d="reference"):
+        direct = gradients()
+    for found, expected in zip(actual, direct, strict=True):
         assert not torch.equal(found, expected)  # Winograd's sums are others
         assert (found - expected).abs().max() <= WINOGRAD_RELATIVE * expected.std()
 

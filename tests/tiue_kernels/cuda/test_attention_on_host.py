@@ -9,13 +9,10 @@ import torch
 
 from tests.tiue_kernels.cuda.criterion import check, noise, plain_attention
 from tiue_kernels import dispatch
-from tiue_kernels.cuda.cross_timestep_attention import (
-    cross_timestep_attention_bwd,
-    cross_timestep_attention_fwd,
-)
 
 # The first test of a session compiles csrc.
 pytestmark = [pytest.mark.usefixtures("host_library"), pytest.mark.timeout(900)]
+kernels = torch.ops.tiue_cuda
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -79,9 +76,9 @@ def scale_of(query: torch.Tensor, heads: int) -> float:
 def run_kernels(tensors, heads: int) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
     query, key, value, bias = tensors if len(tensors) == 4 else (*tensors, None)
     scale = scale_of(query, heads)
-    out, logsumexp = cross_timestep_attention_fwd(query, key, value, heads, scale, bias)
+    out, logsumexp = kernels.cross_timestep_attention_fwd(query, key, value, heads, scale, bias)
     grad = noise(*out.shape, dtype=out.dtype, seed=4)
-    gradients = cross_timestep_attention_bwd(
+    gradients = kernels.cross_timestep_attention_bwd(
         grad, query, key, value, heads, scale, bias, out, logsumexp, True
     )
     if bias is None:
@@ -118,11 +115,11 @@ def test_slices(dtype: torch.dtype, fences) -> None:
 @pytest.mark.parametrize("name", ["queries_split", "self_attention_masked"])
 def test_the_gradient_of_a_mask_may_be_left_out(name: str, fences) -> None:
     query, key, value, bias = make(CASES[name], torch.float16)
-    out, logsumexp = cross_timestep_attention_fwd(query, key, value, 1, 0.3, bias)
+    out, logsumexp = kernels.cross_timestep_attention_fwd(query, key, value, 1, 0.3, bias)
     grad = noise(*out.shape, dtype=out.dtype, seed=4)
     operands = (grad, query, key, value, 1, 0.3, bias, out, logsumexp)
-    *whole, _ = cross_timestep_attention_bwd(*operands, True)
-    *parts, none = cross_timestep_attention_bwd(*operands, False)
+    *whole, _ = kernels.cross_timestep_attention_bwd(*operands, True)
+    *parts, none = kernels.cross_timestep_attention_bwd(*operands, False)
     assert none.shape == (0,)
     assert all(torch.equal(a, b) for a, b in zip(parts, whole, strict=True))
 
@@ -147,7 +144,7 @@ def test_one_key(dtype: torch.dtype, fences) -> None:
 def test_logsumexp() -> None:
     case = CASES["text"]
     query, key, value, bias = make(case, torch.float32)
-    _, logsumexp = cross_timestep_attention_fwd(query, key, value, 1, 0.3, bias)
+    _, logsumexp = kernels.cross_timestep_attention_fwd(query, key, value, 1, 0.3, bias)
     scores = torch.einsum("rnc,rmc->rnm", query.double(), key.double().repeat(3, 1, 1)) * 0.3
     expected = (scores + bias.double()).logsumexp(-1)[:, None]
     torch.testing.assert_close(logsumexp.double(), expected, rtol=1e-6, atol=1e-6)
@@ -173,18 +170,19 @@ def test_the_table_refuses_what_99_kib_of_shared_memory_do_not_hold(
     for keys in (77, 160):
         query, key, value = make(Case(2, 1, 3, keys, head_dim=head_dim), dtype)
         forward = (query, key, value, 1, 1.0, None)
-        assert limit(forward, (8, 6)) is None
-        out, logsumexp = cross_timestep_attention_fwd(*forward)
+        call = {"query": query, "num_heads": 1}
+        assert limit("fwd", call, (8, 6)) is None
+        out, logsumexp = kernels.cross_timestep_attention_fwd(*forward)
         backward = (out, *forward, out, logsumexp, False)
-        if limit(backward, (8, 6)) is None:
-            cross_timestep_attention_bwd(*backward)
+        if limit("bwd", call, (8, 6)) is None:
+            kernels.cross_timestep_attention_bwd(*backward)
         else:
             with pytest.raises(RuntimeError, match="needs more shared memory"):
-                cross_timestep_attention_bwd(*backward)
+                kernels.cross_timestep_attention_bwd(*backward)
 
 
 @pytest.mark.parametrize("head_dim", [12, 264])
 def test_head_sizes_that_do_not_fit_are_refused(head_dim: int) -> None:
     tensors = make(Case(1, 1, 2, 2, head_dim=head_dim), torch.float32)
     with pytest.raises(RuntimeError, match="no multiple of 8 up to 256"):
-        cross_timestep_attention_fwd(*tensors, 1, 1.0, None)
+        kernels.cross_timestep_attention_fwd(*tensors, 1, 1.0, None)

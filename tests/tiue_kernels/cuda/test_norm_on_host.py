@@ -8,13 +8,10 @@ import pytest
 import torch
 
 from tests.tiue_kernels.cuda.criterion import check, noise, plain_norm
-from tiue_kernels.cuda.shared_skip_group_norm_silu import (
-    shared_skip_group_norm_silu_bwd,
-    shared_skip_group_norm_silu_fwd,
-)
 
 # The first test of a session compiles csrc.
 pytestmark = [pytest.mark.usefixtures("host_library"), pytest.mark.timeout(900)]
+kernels = torch.ops.tiue_cuda
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 FORMATS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 
@@ -68,11 +65,11 @@ def make(case: Case, dtype: torch.dtype, memory_format) -> tuple[torch.Tensor, .
 def run_kernels(tensors, groups: int) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
     """Outputs and gradients, and the gradients of the outputs that were handed in."""
     hidden, skip, weight, bias = tensors
-    *outputs, hidden_stats, skip_stats = shared_skip_group_norm_silu_fwd(
+    *outputs, hidden_stats, skip_stats = kernels.shared_skip_group_norm_silu_fwd(
         hidden, skip, groups, weight, bias, 1e-5
     )
     grads = tuple(noise(*o.shape, dtype=o.dtype, seed=4) for o in outputs)
-    gradients = shared_skip_group_norm_silu_bwd(
+    gradients = kernels.shared_skip_group_norm_silu_bwd(
         *grads, hidden, skip, groups, weight, bias, hidden_stats, skip_stats
     )
     return (*outputs, *gradients), grads
@@ -137,7 +134,9 @@ def test_same_bits_in_any_order_of_warps(memory_format, shared_bytes, fences, mo
 
 def test_statistics() -> None:
     hidden, skip, weight, bias = make(CASES["2x3"], torch.float16, torch.contiguous_format)
-    *_, hidden_stats, skip_stats = shared_skip_group_norm_silu_fwd(hidden, skip, 4, weight, bias, 0)
+    *_, hidden_stats, skip_stats = kernels.shared_skip_group_norm_silu_fwd(
+        hidden, skip, 4, weight, bias, 0
+    )
     joined = torch.cat([hidden, skip.repeat(2, 1, 1, 1)], 1).double().view(6, 4, -1)
     variance, mean = torch.var_mean(joined, -1, correction=0)
     expected = torch.stack([mean, variance.rsqrt()])
@@ -149,4 +148,4 @@ def test_statistics() -> None:
 def test_float64_is_refused() -> None:
     hidden, skip, weight, bias = make(CASES["1x1"], torch.float64, torch.contiguous_format)
     with pytest.raises(RuntimeError, match="float32, float16 or bfloat16"):
-        shared_skip_group_norm_silu_fwd(hidden, skip, 4, weight, bias, 1e-5)
+        kernels.shared_skip_group_norm_silu_fwd(hidden, skip, 4, weight, bias, 1e-5)

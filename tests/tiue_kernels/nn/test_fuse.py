@@ -14,8 +14,7 @@ from torch import nn
 from tests.tiue.unets import TEXT, make_conditioning, make_inputs, make_unet
 from tests.tolerances import EXACT_RELATIVE, relative_error
 from tiue import TiUEUNet
-from tiue_kernels import layers
-from tiue_kernels.nn import FusedBasicTransformerBlock, FusedResnetBlock2D, fuse
+from tiue_kernels.nn import FusedBasicTransformerBlock, FusedResnetBlock2D, fuse, layers
 
 
 def run(unet: Any, name: str) -> dict[str, torch.Tensor]:
@@ -110,7 +109,12 @@ def test_the_student_takes_fused_blocks_apart_too(name: str, monkeypatch) -> Non
     fuse(unet)
     told: list[str] = []
     monkeypatch.setattr(layers, "tell_once", lambda module: told.append(type(module).__name__))
-    for module in ("tiue.decoder", "tiue.blocks", "tiue_kernels.functional.blocks"):
+    for module in (
+        "tiue.decoder",
+        "tiue.blocks",
+        "tiue_kernels.nn.resnet",
+        "tiue_kernels.nn.attention",
+    ):
         monkeypatch.setattr(f"{module}.tell_once", layers.tell_once)
     results = unet.predict_noise(*call, **make_conditioning(name))
     assert relative_error(results, expected) <= EXACT_RELATIVE

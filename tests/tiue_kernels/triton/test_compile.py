@@ -83,8 +83,11 @@ def test_the_table_refuses_what_99_kib_of_shared_memory_do_not_hold(tmp_path):
     assert len(most) == 10
     for (dtype, size, is_backward), shared in most.items():
         query = torch.empty(1, 1, int(size), dtype=getattr(torch, dtype))
-        args = (query, query, query, 1, 1.0, None)
-        if is_backward:
-            args = (query, *args, query, query, False)
+        call = {"query": query, "num_heads": 1}
         fits = shared <= dispatch.block_memory((8, 6))
-        assert (limit(args, (8, 6)) is None) == fits, (dtype, size, is_backward, shared)
+        assert (limit("bwd" if is_backward else "fwd", call, (8, 6)) is None) == fits, (
+            dtype,
+            size,
+            is_backward,
+            shared,
+        )

@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tiue_kernels.ops import upsample_conv2d
 from tiue_kernels.reference import cross_timestep_attention as reference
-from tiue_kernels.reference import upsample_conv2d
 from tiue_kernels.triton import cross_timestep_attention as kernels
 
 HEADS, SCALE = 2, 0.2
@@ -281,8 +281,8 @@ def test_upsample_conv2d(name: str, dtype: torch.dtype, layout: str) -> None:
         return (out, *torch.autograd.grad(out, leaves, grad))
 
     results = (
-        upsample_conv2d.upsample_conv2d_fwd(x, weight, bias),
-        *upsample_conv2d.upsample_conv2d_bwd(grad, x, weight, [True, True, True]),
+        upsample_conv2d.forward(x, weight, bias),
+        *upsample_conv2d.backward(grad, x, weight, [True, True, True]),
     )
     expected = naive(*(t.double() for t in (x, weight, bias, grad)))
     terms = naive(*(t.double().abs() for t in (x, weight, bias, grad)))
@@ -306,10 +306,10 @@ def test_upsample_conv2d(name: str, dtype: torch.dtype, layout: str) -> None:
 def test_upsample_conv2d_computes_what_is_wanted(size: int) -> None:
     x, weight = noise(2, 4, size, size, seed=0), noise(5, 4, 3, 3, seed=1)
     grad = noise(2, 5, 2 * size, 2 * size, seed=2)
-    whole = upsample_conv2d.upsample_conv2d_bwd(grad, x, weight, [True, True, True])
+    whole = upsample_conv2d.backward(grad, x, weight, [True, True, True])
     for index in range(3):
         mask = [i == index for i in range(3)]
-        parts = upsample_conv2d.upsample_conv2d_bwd(grad, x, weight, mask)
+        parts = upsample_conv2d.backward(grad, x, weight, mask)
         assert [part.shape == (0,) for part in parts] == [not wanted for wanted in mask]
         assert torch.equal(parts[index], whole[index])
 
@@ -317,9 +317,9 @@ def test_upsample_conv2d_computes_what_is_wanted(size: int) -> None:
 @pytest.mark.parametrize("mask", [[True, True, True], [False, True, False]], ids=str)
 def test_upsample_conv2d_of_an_empty_batch(mask: list[bool]) -> None:
     x, weight = torch.empty(0, 4, 3, 3), torch.randn(5, 4, 3, 3)
-    out = upsample_conv2d.upsample_conv2d_fwd(x, weight, torch.randn(5))
+    out = upsample_conv2d.forward(x, weight, torch.randn(5))
     assert out.shape == (0, 5, 6, 6)
-    grads = upsample_conv2d.upsample_conv2d_bwd(out, x, weight, mask)
+    grads = upsample_conv2d.backward(out, x, weight, mask)
     for grad, tensor, wanted in zip(grads, (x, weight, torch.empty(5)), mask, strict=True):
         assert grad.shape == (tensor.shape if wanted else (0,))
         assert not grad.any()

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tiue_kernels.layers import is_idle, is_plain, is_untouched
+from tiue_kernels.nn.layers import is_idle, is_plain, is_untouched
 
 Outputs = TypeVar("Outputs", torch.Tensor, tuple[torch.Tensor, torch.Tensor])
 

@@ -12,8 +12,9 @@ from collections.abc import Iterator
 
 import torch
 
-from tiue_kernels import cpu, winograd_weights
-from tiue_kernels.winograd_weights import POINTS
+from tiue_kernels import cpu
+from tiue_kernels.cpu import winograd_weights
+from tiue_kernels.cpu.winograd_weights import POINTS
 
 # Tiles from which a convolution gains though its weight is transformed anew, and with it kept.
 LEAST_TILES = 16
@@ -35,7 +36,7 @@ def conv2d(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
-    padding: int | tuple[int, ...],
+    padding: list[int],
     start: int = 0,
     keep: bool = True,
 ) -> torch.Tensor | None:
@@ -84,7 +85,7 @@ def conv2d_backward(
     x: torch.Tensor,
     weight: torch.Tensor,
     start: int,
-    output_mask: tuple[bool, bool, bool],
+    output_mask: list[bool],
     grad_weight: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The gradients of `conv2d(x, weight, bias, 1, start)`, where `serves_backward` says so.
@@ -177,7 +178,7 @@ class _Inputs:
         return torch.bmm(weights, self._values)
 
 
-def serves_backward(x: torch.Tensor, weight: torch.Tensor, padding: int | tuple[int, ...]) -> bool:
+def serves_backward(x: torch.Tensor, weight: torch.Tensor, padding: list[int]) -> bool:
     """Whether `conv2d_backward` takes the gradients of `conv2d`, and gains."""
     tiles = len(x) * _tiles(*x.shape[2:])
     return tiles >= LEAST_TILES_BACKWARD and serves(x, weight, None, padding)
@@ -187,17 +188,15 @@ def serves(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
-    padding: int | tuple[int, ...],
+    padding: list[int],
 ) -> bool:
     """Whether a convolution of stride 1 is of the kind, whatever its size."""
     tensors = [x, weight] if bias is None else [x, weight, bias]
     return (
         x.is_cpu
         and cpu.loaded()
-        and not torch.is_grad_enabled()
         and weight.shape[2:] == (3, 3)
-        and padding in (1, (1, 1), [1, 1])
+        and list(padding) == [1, 1]
         and all(t.dtype is torch.float32 and t.is_contiguous() for t in tensors)
         and min(weight.shape[0], x.shape[1]) >= LEAST_CHANNELS
-        and not torch.is_autocast_enabled("cpu")
     )
