@@ -94,7 +94,7 @@ def test_readme_example_runs(tmp_path, monkeypatch):
 
 
 def test_readme_example_of_fused_modules_runs():
-    names = run_readme_example(2)
+    names = run_readme_example(3)
     hidden, skip = names["hidden"], names["skip"]
     joined = torch.cat([hidden, skip.repeat(4, 1, 1, 1)], dim=1)
     temb = torch.randn(8, 384)

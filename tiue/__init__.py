@@ -8,6 +8,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tiue.dit import (
+        TiUEHunyuanDiT2DModel,
+        TiUEPixArtTransformer2DModel,
+        TiUESD3Transformer2DModel,
+    )
     from tiue.openmoji import load_openmoji
     from tiue.pipelines import TiUEPipeline, TiUEXLPipeline, one_pass
     from tiue.scenes import load_scenes
@@ -17,7 +22,10 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "OnePassSchedule",
+    "TiUEHunyuanDiT2DModel",
     "TiUEPipeline",
+    "TiUEPixArtTransformer2DModel",
+    "TiUESD3Transformer2DModel",
     "TiUEUNet",
     "TiUEXLPipeline",
     "load_openmoji",
@@ -28,7 +36,10 @@ __all__ = [
 # Imported at first use: torch and diffusers take seconds, `tiue --help` must not.
 _HOMES = {
     "OnePassSchedule": "tiue.schedule",
+    "TiUEHunyuanDiT2DModel": "tiue.dit",
     "TiUEPipeline": "tiue.pipelines",
+    "TiUEPixArtTransformer2DModel": "tiue.dit",
+    "TiUESD3Transformer2DModel": "tiue.dit",
     "TiUEUNet": "tiue.unet",
     "TiUEXLPipeline": "tiue.pipelines",
     "load_openmoji": "tiue.openmoji",

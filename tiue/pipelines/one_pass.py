@@ -42,7 +42,8 @@ def one_pass(pipe: DiffusionPipeline, num_decoder_steps: int = 4) -> Any:
 
     Args:
         pipe: a pipeline with a `UNet2DConditionModel`: text to image, image to image, inpainting,
-            ControlNet, T2I-Adapter, ... of Stable Diffusion 1.x, 2.x and XL.
+            ControlNet, T2I-Adapter, ... of Stable Diffusion 1.x, 2.x and XL; or with a transformer
+            that has a student in `tiue.dit` (PixArt, Hunyuan-DiT, Stable Diffusion 3).
         num_decoder_steps: K, the timesteps that the decoder runs at, in one batch.
 
     Returns:
@@ -55,6 +56,11 @@ def one_pass(pipe: DiffusionPipeline, num_decoder_steps: int = 4) -> Any:
         InputError: `num_decoder_steps` is no number of timesteps.
     """
     parts = getattr(pipe, "components", {})
+    if "transformer" in parts:
+        # Imported here: transformers of other families take a second of diffusers' to import.
+        from tiue.pipelines.transformer_pass import transformer_pass
+
+        return transformer_pass(pipe, num_decoder_steps)
     if "unet" not in parts or "scheduler" not in parts or "vae" not in parts:
         has = ", ".join(sorted(parts)) or "no components"
         raise ArchitectureError(

@@ -48,9 +48,21 @@ class OnePassScheduler(SchedulerMixin, ConfigMixin):
         self.timesteps = schedule.encoder_timestep[None]
 
     def set_timesteps(
-        self, num_inference_steps: int = 1, device: str | torch.device | None = None
+        self,
+        num_inference_steps: int = 1,
+        device: str | torch.device | None = None,
+        mu: float | None = None,
     ) -> None:
-        """Bring the timestep to a device; there is one, whatever number is asked for."""
+        """Bring the timestep to a device; there is one, whatever number is asked for.
+
+        Args:
+            num_inference_steps: not read.
+            device: of the timestep.
+            mu: the shift for the picture's size, of a flow-matching scheduler that wants one.
+        """
+        if mu is not None:
+            scheduler, strength, steps = self._made_of
+            self.schedule = OnePassSchedule.from_scheduler(scheduler, steps, strength, mu)
         self.timesteps = self.schedule.encoder_timestep[None].to(device)
 
     def scale_model_input(self, sample: torch.Tensor, timestep: Any = None) -> torch.Tensor:

@@ -1,0 +1,193 @@
+"""Stable Diffusion 3 and 3.5 in one pass: joint attention of text and picture."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import SD3Transformer2DModel
+from diffusers.utils.peft_utils import apply_lora_scale
+from torch import nn
+
+from tiue.dit.blocks import adaptive_layer_norm, all_rows, gated_residual, is_plain_norm
+from tiue.dit.student import OnePassTransformer, TransformerFeatures, shared_timestep
+from tiue.errors import InputError
+from tiue.schedule import OnePassSchedule
+from tiue_kernels.nn.layers import is_plain
+
+
+class TiUESD3Transformer2DModel(OnePassTransformer, SD3Transformer2DModel):
+    """A `SD3Transformer2DModel` whose first blocks run once and whose last run K timesteps.
+
+    Text is changed by every block here, so only the shared blocks' work, the pooled text and the
+    first decoder block's norms are saved.
+    """
+
+    PARENT = SD3Transformer2DModel
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        pooled_projections: torch.Tensor | None = None,
+        timestep: torch.Tensor | None = None,
+        *args: Any,
+        return_dict: bool = True,
+        schedule: OnePassSchedule | None = None,
+        **conditioning: Any,
+    ) -> Any:
+        """One timestep as the parent computes it; with a schedule, the one pass's weighted sum."""
+        if schedule is None:
+            return super().forward(
+                hidden_states, encoder_hidden_states, pooled_projections, timestep, *args,
+                return_dict=return_dict, **conditioning,
+            )  # fmt: skip
+        assert encoder_hidden_states is not None
+        return self._run_pass(
+            schedule, return_dict, hidden_states, encoder_hidden_states,
+            pooled_projections=pooled_projections, **conditioning,
+        )  # fmt: skip
+
+    def encode(
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor | float,
+        encoder_hidden_states: torch.Tensor,
+        pooled_projections: torch.Tensor | None = None,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+    ) -> TransformerFeatures:
+        """Run patches, text projection and the shared blocks once.
+
+        Args:
+            sample: [B, C, H, W].
+            timestep: the shared blocks' timestep, a scalar.
+            encoder_hidden_states: [B, L, D].
+            pooled_projections: [B, P], the pooled text.
+            joint_attention_kwargs: "scale" weighs a LoRA.
+
+        Returns:
+            The features that `decode` takes, any number of times.
+
+        Raises:
+            InputError: shapes that do not fit, pooled text that is missing, an IP-Adapter.
+        """
+        grid = self._check_inputs(sample, encoder_hidden_states)
+        if pooled_projections is None:
+            raise InputError("Stable Diffusion 3 needs pooled_projections [B, P] too")
+        if joint_attention_kwargs and "ip_adapter_image_embeds" in joint_attention_kwargs:
+            raise InputError(
+                "IP-Adapters of Stable Diffusion 3 depend on the timestep in every block and have"
+                " no one pass: leave ip_adapter_image_embeds out"
+            )
+        return self._encode(
+            sample,
+            timestep,
+            encoder_hidden_states,
+            pooled_projections,
+            grid,
+            joint_attention_kwargs=joint_attention_kwargs,
+        )
+
+    @apply_lora_scale("joint_attention_kwargs")
+    def _encode(
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor | float,
+        text: torch.Tensor,
+        pooled: torch.Tensor,
+        grid: tuple[int, int],
+        joint_attention_kwargs: dict[str, Any] | None,
+    ) -> TransformerFeatures:
+        hidden = self.pos_embed(sample).contiguous()
+        pooled_embedding = self.time_text_embed.text_embedder(pooled)
+        temb = self._embed_timesteps(shared_timestep(timestep, sample), pooled) + pooled_embedding
+        text = self.context_embedder(text)
+        for block in self.shared_blocks:
+            text, hidden = self._run(block, hidden, text, temb, joint_attention_kwargs)
+        given = {
+            "pooled_projections": pooled,
+            "pooled_embedding": pooled_embedding,
+            "joint_attention_kwargs": joint_attention_kwargs,
+        }
+        return TransformerFeatures(hidden, text, grid, conditioning=given)
+
+    def _decode_tokens(
+        self, features: TransformerFeatures, timesteps: torch.Tensor
+    ) -> torch.Tensor:
+        kwargs = features.conditioning["joint_attention_kwargs"]
+        return self._decode_all(features, timesteps, joint_attention_kwargs=kwargs)
+
+    @apply_lora_scale("joint_attention_kwargs")
+    def _decode_all(
+        self,
+        features: TransformerFeatures,
+        timesteps: torch.Tensor,
+        joint_attention_kwargs: dict[str, Any] | None,
+    ) -> torch.Tensor:
+        given, hidden, text = features.conditioning, features.hidden, features.text
+        times = self._embed_timesteps(timesteps, given["pooled_projections"])
+        temb = (times.unsqueeze(1) + given["pooled_embedding"]).flatten(0, 1)  # [K*B, C]
+        for block in self.decoder_blocks:
+            if hidden.shape[0] < temb.shape[0] and not joint_attention_kwargs and _is_plain(block):
+                text, hidden = self._run(_first_decoder_block, block, hidden, text, temb)
+            else:
+                hidden, text = all_rows(hidden, len(temb)), all_rows(text, len(temb))
+                text, hidden = self._run(block, hidden, text, temb, joint_attention_kwargs)
+        return self.norm_out(hidden, temb)
+
+    def _embed_timesteps(self, timesteps: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        embed = self.time_text_embed
+        return embed.timestep_embedder(embed.time_proj(timesteps).to(like.dtype))
+
+    def _run(self, function: Any, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        if torch.is_grad_enabled() and self.gradient_checkpointing:
+            return self._gradient_checkpointing_func(function, *args)
+        return function(*args)
+
+
+def _first_decoder_block(
+    block: Any, hidden: torch.Tensor, text: torch.Tensor, temb: torch.Tensor
+) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """A block whose tokens and text have B rows and whose modulation has K*B: norms once."""
+    signal = block.norm1.linear(block.norm1.silu(temb))
+    shift, scale, gate, shift_ff, scale_ff, gate_ff, *dual = signal.chunk(
+        9 if block.use_dual_attention else 6, dim=1
+    )
+    tokens = adaptive_layer_norm(block.norm1.norm, hidden, shift, scale)
+    norm = block.norm1_context
+    text_signal = norm.linear(norm.silu(temb))
+    if block.context_pre_only:
+        text_scale, text_shift = text_signal.chunk(2, dim=1)
+    else:
+        parts = text_signal.chunk(6, dim=1)
+        text_shift, text_scale, text_gate, text_shift_ff, text_scale_ff, text_gate_ff = parts
+    words = adaptive_layer_norm(norm.norm, text, text_shift, text_scale)
+    from_tokens, from_words = block.attn(hidden_states=tokens, encoder_hidden_states=words)
+    if dual:
+        dual_shift, dual_scale, dual_gate = dual
+        tokens = adaptive_layer_norm(block.norm1.norm, hidden, dual_shift, dual_scale)
+        hidden = gated_residual(hidden, gate, from_tokens)
+        hidden = gated_residual(hidden, dual_gate, block.attn2(hidden_states=tokens))
+    else:
+        hidden = gated_residual(hidden, gate, from_tokens)
+    tokens = adaptive_layer_norm(block.norm2, hidden, shift_ff, scale_ff)
+    hidden = gated_residual(hidden, gate_ff, block.ff(tokens))
+    if block.context_pre_only:
+        return None, hidden
+    text = gated_residual(text, text_gate, from_words)
+    words = adaptive_layer_norm(block.norm2_context, text, text_shift_ff, text_scale_ff)
+    return gated_residual(text, text_gate_ff, block.ff_context(words)), hidden
+
+
+def _is_plain(block: Any) -> bool:
+    norms = ("AdaLayerNormZero", "AdaLayerNormContinuous", "SD35AdaLayerNormZeroX")
+    return (
+        is_plain(block, "JointTransformerBlock")
+        and block._chunk_size is None
+        and is_plain(block.norm1, *norms)
+        and is_plain(block.norm1_context, *norms)
+        and all(
+            isinstance(norm.norm, nn.LayerNorm) or is_plain_norm(norm.norm)
+            for norm in (block.norm1, block.norm1_context)
+        )
+    )
