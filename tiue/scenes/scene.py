@@ -6,6 +6,7 @@ import io
 import random
 from dataclasses import dataclass
 from functools import cache
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -76,7 +77,17 @@ class Scene:
         return Request(nouns, self.relation, self.ground)
 
 
-def relation_of(first: Placed, second: Placed) -> str:
+class Located(Protocol):
+    """What has a centre, in pixels."""
+
+    @property
+    def x(self) -> float: ...
+
+    @property
+    def y(self) -> float: ...
+
+
+def relation_of(first: Located, second: Located) -> str:
     """Where `first` is, seen from `second`, by the larger of the two distances."""
     dx, dy = first.x - second.x, first.y - second.y
     if abs(dx) >= abs(dy):

@@ -119,5 +119,26 @@ def export(
     export_weights(work, output or WEIGHTS)
 
 
+@app.command()
+def judge(
+    work: Work = DEFAULT_WORK,
+    steps: Annotated[int, typer.Option(min=1, help="Updates.")] = 1500,
+    seed: Seed = 0,
+    resume: Resume = False,
+    output: Annotated[
+        Path | None, typer.Option(help="File of the weights; by default the package's own.")
+    ] = None,
+) -> None:
+    """Train the judge that measures the other models, and print what it gets right."""
+    import json
+
+    from tiue.scenes.judge import WEIGHTS
+    from tiue.scenes.judge_training import JudgeConfig, train_judge
+
+    config = JudgeConfig(steps=steps, seed=seed)
+    facts = train_judge(work / "autoencoder", work / "judge", config, resume, output or WEIGHTS)
+    typer.echo(json.dumps(facts, indent=2))
+
+
 if __name__ == "__main__":
     app()
