@@ -19,6 +19,7 @@ class Preset(str, Enum):
     coco2014_30k = "coco2014-30k"
     coco2017_5k = "coco2017-5k"
     openmoji = "openmoji"
+    scenes = "scenes"
 
 
 class Features(str, Enum):
@@ -34,8 +35,8 @@ def evaluate_command(
     model: Annotated[
         str | None,
         typer.Option(
-            help="What draws: folder or Hugging Face id of a Stable Diffusion model, openmoji (the"
-            " student in this package) or openmoji-teacher."
+            help="What draws: folder or Hugging Face id of a Stable Diffusion model; openmoji or"
+            " scenes (the students in this package), openmoji-teacher or scenes-teacher."
         ),
     ] = None,
     pictures: Annotated[
@@ -44,13 +45,15 @@ def evaluate_command(
     preset: Annotated[Preset, typer.Option(help="The protocol.")] = Preset.openmoji,
     reference: Annotated[
         Path | None,
-        typer.Option(help="Folder of real pictures, such as val2014; openmoji has its own."),
+        typer.Option(
+            help="Folder of real pictures, such as val2014; openmoji and scenes have theirs."
+        ),
     ] = None,
     prompts: Annotated[
         Path | None,
         typer.Option(
             help="One prompt a line, or COCO's captions_val2014.json; with --pictures in the order"
-            " of the files' names."
+            " of the files' names. Scenes have their own."
         ),
     ] = None,
     output: Annotated[
@@ -78,11 +81,13 @@ def evaluate_command(
     ] = None,
     guidance_scale: Annotated[
         float | None,
-        typer.Option(help="By default 1 for the one pass, 7.5 for steps (openmoji-teacher 2.5)."),
+        typer.Option(
+            help="By default 1 for the one pass, 7.5 for steps (embedded teachers, scenes: 2.5)."
+        ),
     ] = None,
     student: Annotated[
         Path | None,
-        typer.Option(help="Folder with unet/ and scheduler/ to draw with, for --model openmoji."),
+        typer.Option(help="Folder with unet/ and scheduler/ to draw with instead of the model's."),
     ] = None,
     num_prompts: Annotated[
         int | None, typer.Option(min=1, help="Another number of prompts than the preset's.")

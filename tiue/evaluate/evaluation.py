@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
@@ -20,6 +20,9 @@ from tiue.evaluate.models import Model, load_model
 from tiue.evaluate.protocol import NEIGHBOUR_METRICS, SET_METRICS, Protocol
 from tiue.images import contact_sheet, save_image
 
+if TYPE_CHECKING:
+    from tiue.evaluate.scenes import SceneTest
+
 SHEET_PICTURES = 20
 
 
@@ -31,9 +34,9 @@ class Settings:
         protocol: How to draw and compare.
         metrics: Some of `METRICS`.
         output: Folder of the result and of the pictures that are drawn.
-        model: Folder, hub id, `openmoji` or `openmoji-teacher`; or else
+        model: As `load_model`'s name; or else
         pictures: a folder of pictures that were drawn before.
-        reference: Folder of the pictures to compare with; the openmoji preset has its own.
+        reference: Folder of the pictures to compare with; openmoji and scenes have their own.
         prompts: File of prompts: what the model draws, or what the pictures were drawn of.
         seed: Of the model's noise.
         num_decoder_steps: As `load_model`, and so on to `student`.
@@ -100,6 +103,7 @@ class Evaluation:
         if sum(source is not None for source in sources) != 1:
             raise InputError("give either --model or --pictures")
         self._check_libraries()
+        self.scenes = self._scenes() if self.protocol.features == "scenes" else None
         self.reference = self._reference() if self._wants(*SET_METRICS) else None
         self.prompts = self._prompts()
         self.given = self._given() if settings.pictures else None
@@ -120,6 +124,15 @@ class Evaluation:
         if self._wants(*NEIGHBOUR_METRICS):
             metrics.check_library("prdc", "prdc")
 
+    def _scenes(self) -> SceneTest:
+        settings = self.settings
+        for option, value in (("reference", settings.reference), ("prompts", settings.prompts)):
+            if value is not None:
+                raise InputError(f"the scenes preset has its own {option}: leave --{option} out")
+        from tiue.evaluate.scenes import SceneTest
+
+        return SceneTest(self.protocol, settings.output.parent / "scenes-truth", settings.device)
+
     def _openmoji(self) -> Any:
         from tiue.evaluate.openmoji import reference_pictures
 
@@ -127,6 +140,9 @@ class Evaluation:
 
     def _reference(self) -> _Side:
         settings, size = self.settings, self.protocol.resolution
+        if self.scenes is not None:
+            facts = {"pictures": "true scenes of the same prompts"}
+            return _Side(self.scenes.num_true, lambda: (), facts)
         if settings.reference is None and self.protocol.features == "openmoji":
             images = self._openmoji().images
             facts = {"pictures": "OpenMoji, all that the embedded model was trained on"}
@@ -163,6 +179,8 @@ class Evaluation:
 
     def _prompts(self) -> list[str] | None:
         settings = self.settings
+        if self.scenes is not None:
+            return self.scenes.prompts
         if settings.pictures is not None:
             return prompts.read_prompts(settings.prompts) if settings.prompts else None
         if settings.prompts is not None:
@@ -175,9 +193,11 @@ class Evaluation:
 
     def _drop_what_has_no_input(self) -> None:
         """Metrics that these inputs cannot give: named with the reason, never guessed."""
-        if self.prompts is None:
+        if self.scenes is not None:
+            self.not_computed["clip_score"] = "the judge says what was drawn"
+        elif self.prompts is None:
             self.not_computed["clip_score"] = "no prompts were given"
-        if self.given is not None:
+        if self.given is not None and self.scenes is None:
             self.not_computed["lpips_diversity"] = (
                 "it draws several pictures a prompt, which needs --model"
             )
@@ -193,6 +213,9 @@ class Evaluation:
         self.maps: lpips.Maps | None = None
         self.map_weights: list[Tensor] | None = None
         self.extractors: dict[str, Any] = {}
+        if self.scenes is not None:
+            self.extractors["features"] = self.scenes.describe()
+            return
         if self._wants(*SET_METRICS):
             self.extractor = load_extractor(
                 protocol.features, settings.features_weights, settings.device
@@ -219,11 +242,12 @@ class Evaluation:
         return self.given.count if self.given else len(self.prompts or [])
 
     def _check_counts(self) -> None:
-        if self.extractor is not None and self.reference is not None:
+        measured = self.scenes or self.extractor
+        if measured is not None and self.reference is not None:
             metrics.check_samples(
                 self.settings.metrics,
                 self.protocol,
-                self.extractor.width,
+                measured.width,
                 self.num_generated,
                 self.reference.count,
             )
@@ -232,13 +256,18 @@ class Evaluation:
         settings = self.settings
         if settings.model is None:
             return None
+        guidance_scale = settings.guidance_scale
+        if self.scenes is not None and settings.num_inference_steps and guidance_scale is None:
+            from tiue.scenes.config import GUIDANCE_SCALE
+
+            guidance_scale = GUIDANCE_SCALE
         return load_model(
             settings.model,
             settings.device,
             settings.dtype,
             settings.num_decoder_steps,
             settings.num_inference_steps,
-            settings.guidance_scale,
+            guidance_scale,
             self.protocol.generated_size,
             settings.student,
         )
@@ -271,7 +300,7 @@ class Evaluation:
         settings, protocol = self.settings, self.protocol
         generation.write_facts(settings.output, self.facts)
         jobs = {"pictures": generation.picture_jobs(self.prompts, settings.seed)}
-        if self._wants("lpips_diversity"):
+        if self._wants("lpips_diversity") and self.scenes is None:
             chosen = self.prompts[: protocol.diversity_prompts]
             jobs["diversity"] = generation.diversity_jobs(
                 chosen, protocol.diversity_images, settings.seed
@@ -311,6 +340,14 @@ class Evaluation:
                 f" {self.num_generated} were drawn: remove what is not of this evaluation"
             )
         figures: dict[str, float] = {}
+        if self.scenes is not None:
+            figures, detail = self.scenes.compute(
+                torch.cat(list(side.batches())),
+                self.model.autoencoder if self.model else None,
+                settings.metrics,
+            )
+            found = self._result(side, figures, time.perf_counter() - started)
+            return found | {"scenes": detail}
         if self.extractor is not None and self.reference is not None:
             features = self._extract(self.extractor, side, "features")
             known = self._extract(self.extractor, self.reference, "reference")

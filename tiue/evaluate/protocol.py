@@ -37,9 +37,9 @@ class Protocol:
         resolution: Both sides' pictures are cropped to the centre square and resized (Lanczos) to
             this many pixels.
         features: Of FID, KID, precision, recall, density and coverage: inception, dinov2, clip or
-            openmoji.
+            openmoji; or scenes, whose judge measures more than these.
         clip: Of the CLIP score: a hub id or folder of a CLIP, or openmoji.
-        lpips: Of the diversity: alex (AlexNet, LPIPS v0.1) or openmoji.
+        lpips: Of the diversity: alex (AlexNet, LPIPS v0.1), openmoji or scenes.
         kid_subsets: Random subsets that KID is the mean over.
         kid_subset_size: Pictures in each.
         precision_k: Neighbours that make the radius of precision and recall (Kynkaanniemi et al.,
@@ -48,7 +48,8 @@ class Protocol:
         neighbour_samples: Pictures of each side at most for these four, drawn without replacement:
             their memory grows with the square.
         diversity_prompts: Prompts, the first of the drawn ones, that are drawn several times.
-        diversity_images: Pictures of each of them, compared in pairs.
+        diversity_images: Pictures of each of them, compared in pairs. The scenes preset draws all
+            its prompts so often, and no others.
         metric_seed: Of KID's subsets and the neighbours' samples.
     """
 
@@ -118,6 +119,19 @@ PRESETS = {
         clip="openmoji",
         lpips="openmoji",
         kid_subset_size=250,
+    ),
+    "scenes": Protocol(
+        name="scenes",
+        summary="Offline: 125 prompts of the scenes' grammar, exact and partial ones (seen and held"
+        " out) and categories in equal parts, 8 pictures each, as a small detector that ships sees"
+        " them; beside them as many true scenes of the same prompts.",
+        num_prompts=125,
+        resolution=64,
+        features="scenes",
+        clip="scenes",
+        lpips="scenes",
+        kid_subset_size=250,
+        diversity_prompts=125,
     ),
 }
 

@@ -24,7 +24,19 @@ LABELS = {
     "clip_score": "CLIP score",
     "lpips_diversity": "LPIPS diversity",
 }
-LOWER_IS_BETTER = ("fid", "kid")
+# Of the scenes preset, over all of its prompts.
+SCENE_LABELS = {
+    "scene_right": "all right",
+    "scene_objects": "objects right",
+    "scene_count": "count right",
+    "scene_relation": "relation right",
+    "scene_ground": "ground right",
+    "scene_size": "sizes right",
+    "scene_coverage": "open: coverage",
+    "scene_entropy": "open: entropy",
+    "scene_energy": "energy distance",
+}
+LOWER_IS_BETTER = ("fid", "kid", "scene_energy")
 # Of the inputs, what must be equal for two figures to be comparable.
 COMPARABLE = ("protocol", "extractors", "counts", "prompts_sha256", "reference")
 
@@ -111,6 +123,10 @@ def table(result: Result) -> str:
         else:
             reason = result["not_computed"].get(metric, "not asked for")
             lines.append(f"{label} not computed: {reason}")
+    if "scenes" in result:
+        from tiue.evaluate.scenes import scene_table
+
+        lines += ["", scene_table(result["scenes"])]
     return "\n".join(lines)
 
 
@@ -168,15 +184,17 @@ def compare(first: Result, second: Result, anyway: bool = False) -> str:
         "",
         f"{'':16} {'a':>10} {'b':>10} {'b - a':>10}",
     ]
-    for metric in METRICS:
-        pair = [result["figures"] for result in (first, second)]
+    pair = [result["figures"] for result in (first, second)]
+    shown = {metric for figures in pair for metric in figures}
+    labels = LABELS | {n: label for n, label in SCENE_LABELS.items() if n in shown}
+    for metric, label in labels.items():
         if not all(metric in figures for figures in pair):
-            lines.append(f"{LABELS[metric]:16} not in both")
+            lines.append(f"{label:16} not in both")
             continue
         scale = 1000 if metric == "kid" else 1
         gap = scale * (pair[1][metric] - pair[0][metric])
         a, b = (format_figure(metric, figures) for figures in pair)
         better = "" if gap == 0 else "b" if (gap < 0) == (metric in LOWER_IS_BETTER) else "a"
         verdict = f"  {better} is better" if better and metric != "lpips_diversity" else ""
-        lines.append(f"{LABELS[metric]:16} {a:>10} {b:>10} {gap:>+10.3f}{verdict}")
+        lines.append(f"{label:16} {a:>10} {b:>10} {gap:>+10.3f}{verdict}")
     return "\n".join(lines)
