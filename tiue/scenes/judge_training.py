@@ -45,7 +45,7 @@ TEST_SEED = 10**6  # no training step draws from it
 class JudgeConfig:
     """The judge's training."""
 
-    steps: int = 1500
+    steps: int = 1000
     batch_size: int = 32
     # Passed through the autoencoder once: at every step it would be more than half of the time.
     pool: int = 2048
@@ -341,7 +341,7 @@ def compare(scenes: list[Scene], findings: list[Finding]) -> dict[str, float]:
 
 
 def measure(
-    judge: Judge, vae: AutoencoderTiny | None, count: int = 2000, seed: int = TEST_SEED
+    judge: Judge, vae: AutoencoderTiny | None, count: int = 1000, seed: int = TEST_SEED
 ) -> dict[str, dict[str, float]]:
     """Measure a judge on scenes that training did not draw, and on them through the autoencoder.
 

@@ -122,7 +122,7 @@ def export(
 @app.command()
 def judge(
     work: Work = DEFAULT_WORK,
-    steps: Annotated[int, typer.Option(min=1, help="Updates.")] = 1500,
+    steps: Annotated[int, typer.Option(min=1, help="Updates.")] = 1000,
     seed: Seed = 0,
     resume: Resume = False,
     output: Annotated[
