@@ -342,8 +342,8 @@ def test_steps_of_the_whole_unet(tiny):
                 generator=torch.Generator().manual_seed(5)).images[0]  # fmt: skip
     got = model.draw(["sun"], [5])[0]
     assert np.abs(np.asarray(got, dtype=int) - np.asarray(want, dtype=int)).max() <= 1
-    with pytest.raises(InputError, match="--student goes with --model openmoji"):
-        load_model(str(tiny), cpu, torch.float32, student=tiny)
+    with pytest.raises(InputError, match=r"a model that draws in one pass, not with openmoji-tea"):
+        load_model("openmoji-teacher", cpu, torch.float32, student=tiny)
 
 
 def test_other_weights_are_another_evaluation(tiny):
@@ -355,6 +355,8 @@ def test_other_weights_are_another_evaluation(tiny):
     pipe.save_pretrained(tiny.parent / "changed" / "model")
     second = load_model(str(tiny.parent / "changed" / "model"), cpu, torch.float32).facts
     assert {n for n in first if first[n] != second[n]} == {"weights_sha256"}
+    student = tiny.parent / "changed" / "model"
+    assert load_model(str(tiny), cpu, torch.float32, student=student).facts == second
 
 
 def test_the_shipped_network_says_how_good_it_is(tmp_path):
