@@ -14,8 +14,8 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -30,11 +30,11 @@ from tiue.evaluate.models import Autoencoder
 from tiue.evaluate.protocol import SET_METRICS, Protocol
 from tiue.evaluate.weights import file_hash
 from tiue.openmoji.loop import replace
-from tiue.scenes import config, grammar, judge, measures, scene
+from tiue.scenes import judge, measures
 from tiue.scenes.grammar import Request, draw_request
 from tiue.scenes.judge import Finding, Found
 from tiue.scenes.measures import Figure, finding_of
-from tiue.scenes.scene import Scene, draw_scene, pixels
+from tiue.scenes.scene import Scene, draw_scene, pixels, sprites
 
 # Level and whether it is held out: prompt number i is of split i modulo 5.
 SPLITS = (
@@ -104,6 +104,7 @@ class SceneTest:
 
     Raises:
         CheckpointError: The judge is missing.
+        DependencyError: The packages that true pictures are composed with are.
         InputError: There are too few pictures of a prompt.
     """
 
@@ -117,6 +118,13 @@ class SceneTest:
         self.requests = draw_requests(protocol.num_prompts or 0, protocol.prompt_seed)
         network, self.judge_facts = judge.load_judge()
         self.judge = network.to(device)
+        try:
+            sprites()
+        except InputError as error:
+            raise DependencyError(
+                f"the scenes preset composes true pictures ({error.__cause__}): install"
+                " `pip install tiue[eval]`"
+            ) from error
 
     @property
     def prompts(self) -> list[str]:
@@ -133,9 +141,22 @@ class SceneTest:
         return {
             "kind": "scenes",
             "sha256": file_hash(judge.WEIGHTS),
-            "world_sha256": _sources_hash(config, grammar, scene, judge, measures),
+            "threshold": judge.THRESHOLD,
+            "scenes_sha256": hashlib.sha256(repr(self._sample).encode()).hexdigest(),
             **self.judge_facts,
         }
+
+    @cached_property
+    def _sample(self) -> list[Scene]:
+        """One true scene of each prompt: other scenes of a seed are another world."""
+        return true_scenes(self.requests, 1, self.protocol.prompt_seed, 0)
+
+    @cached_property
+    def _source(self) -> str:
+        """What true pictures look like and how they are read, beside the judge's weights."""
+        digest = hashlib.sha256(inspect.getsource(judge).encode())
+        digest.update(pixels(self._sample).numpy())
+        return digest.hexdigest()
 
     @torch.no_grad()
     def read(self, pictures: Tensor) -> Reading:
@@ -152,14 +173,8 @@ class SceneTest:
         return Reading(findings, torch.cat(features), torch.stack(diversity))
 
     def _true(self, number: int) -> tuple[list[Scene], Tensor]:
-        try:
-            scenes = true_scenes(self.requests, self.images, self.protocol.prompt_seed, number)
-            return scenes, pixels(scenes)
-        except InputError as error:
-            raise DependencyError(
-                f"the scenes preset composes true pictures ({error.__cause__}): install"
-                " `pip install tiue[eval]`"
-            ) from error
+        scenes = true_scenes(self.requests, self.images, self.protocol.prompt_seed, number)
+        return scenes, pixels(scenes)
 
     def reference(self, number: int) -> Reading:
         """True set `number`: what is known of its scenes, with the judge's features."""
@@ -186,8 +201,8 @@ class SceneTest:
         known = {
             "what": what,
             "judge": described["sha256"],
-            "world": described["world_sha256"],
-            "prompts": str(len(self.requests)),
+            "scenes": described["scenes_sha256"],
+            "source": self._source,
             "images": str(self.images),
             "seed": str(self.protocol.prompt_seed),
         }
@@ -282,11 +297,6 @@ def _parse(text: str) -> list[Finding]:
         Finding(tuple(Found(**thing) for thing in finding["objects"]), finding["ground"])
         for finding in json.loads(text)
     ]
-
-
-def _sources_hash(*modules: ModuleType) -> str:
-    sources = "\n".join(inspect.getsource(module) for module in modules)
-    return hashlib.sha256(sources.encode()).hexdigest()
 
 
 COLUMNS = {

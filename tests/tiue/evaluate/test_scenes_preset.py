@@ -177,6 +177,6 @@ def test_results_are_of_one_world(results, folder):
     known = load_result(path)
     assert compare(known, results["same"]).splitlines()[-1].startswith("energy distance")
     changed = load_result(path)
-    changed["extractors"]["features"]["world_sha256"] = "other"
+    changed["extractors"]["features"]["scenes_sha256"] = "other"
     with pytest.raises(InputError, match="they differ in features"):
         compare(changed, results["same"])
