@@ -155,7 +155,7 @@ class SceneTest:
     def _source(self) -> str:
         """What true pictures look like and how they are read, beside the judge's weights."""
         digest = hashlib.sha256(inspect.getsource(judge).encode())
-        digest.update(pixels(self._sample).numpy())
+        digest.update(pixels(self._sample).numpy().tobytes())
         return digest.hexdigest()
 
     @torch.no_grad()

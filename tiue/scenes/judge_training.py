@@ -244,7 +244,8 @@ class JudgeTraining:
     def __init__(self, passed: Reconstructions | None, config: JudgeConfig) -> None:
         torch.manual_seed(config.seed)
         self.config, self.passed = config, passed
-        self.judge = Judge().train().to(memory_format=torch.channels_last)
+        self.judge = Judge().train()
+        self.judge.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.optimizer = torch.optim.AdamW(
             self.judge.parameters(), lr=config.learning_rate, weight_decay=1e-2, fused=True
         )
@@ -355,7 +356,9 @@ def measure(
         `true` and, with an autoencoder, `autoencoder`: figures of `compare`.
     """
     scenes = draw_scenes(count, random.Random(seed))
-    findings: dict[str, list[Finding]] = {"true": []} | ({"autoencoder": []} if vae else {})
+    findings: dict[str, list[Finding]] = {"true": []}
+    if vae is not None:
+        findings["autoencoder"] = []
     for start in range(0, count, 64):
         pictures = pixels(scenes[start : start + 64])
         findings["true"] += decode(look_at(judge, pictures))
