@@ -114,7 +114,7 @@ def load_model(
     elif student is not None:
         pipe = TiUEPipeline.from_pretrained(
             name,
-            unet=TiUEUNet.from_pretrained(student, subfolder="unet", torch_dtype=dtype),
+            unet=TiUEUNet.from_pretrained(student, subfolder="unet", dtype=dtype),
             scheduler=DDIMScheduler.from_pretrained(student, subfolder="scheduler"),
             dtype=dtype,
         )
