@@ -1,8 +1,9 @@
 """Everything that needs an NVIDIA GPU, in one run: `make gpu`, or `python -m benchmarks.gpu`.
 
-Builds csrc for this card, tests every kernel, watches them with compute-sanitizer, measures the
-ceilings, times the operators and the one pass, and writes gpu.json and gpu.md. A part that fails or
-runs out of time is reported, the others go on, and the exit status is 1.
+Builds csrc for this card, tests every kernel and recorded passes, watches the kernels with
+compute-sanitizer, measures the ceilings, tunes the launches, times the operators and the one pass,
+eager, recorded and compiled, and writes gpu.json and gpu.md. A part that fails or runs out of time
+is reported, the others go on, and the exit status is 1.
 """
 
 from __future__ import annotations
@@ -25,24 +26,38 @@ from benchmarks import ceilings, gpu_report, gpu_results
 from benchmarks.gpu_commands import Commands, Outcome, commit, nvidia_smi
 from benchmarks.machine import default_device, describe, slug
 from benchmarks.operators import OPERATORS, kernel_backends
+from tiue_kernels import configs
 from tiue_kernels.build import LIBRARIES
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = "tests/tiue_kernels/test_kernels_on_gpu.py"
+GRAPH_TESTS = "tests/tiue/compiled/test_graphs_on_gpu.py"
 ROUNDS = 20
 # Seconds a part may take at most. Their sum is more than the whole run is given: what one part does
 # not use, the later ones may.
 BUDGETS = {
     "build": 120,
-    "tests": 210,
+    "tests": 180,
+    "graphs": 45,
     "sanitizer": 60,
     "ceilings": 20,
+    "one pass": 90,
+    "tune": 60,
     "warm-up": 60,
-    "operators": 270,
-    "one pass": 60,
+    "operators": 220,
+    "compiled": 120,
 }
+MINUTES = 9.5
+# A smoke run measures nothing: on a busy machine its parts take as long as they take.
+SMOKE_BUDGET, SMOKE_MINUTES = 900, 60
 GIB_PER_WORKER = 9  # the largest test, in float64
 SMOKE_OPERATORS = ("geglu", "one_pass_combine")
+# Compiling takes a minute a form, and so is a part of its own.
+ONE_PASS_FORMS = (
+    *("published", "published-channels-last", "published-graph", "full-steps", "one-step"),
+    *("tiue", "tiue-channels-last", "tiue-graph"),
+)
+COMPILED_FORMS = ("published", "tiue-graph", "tiue-inductor", "published-inductor")
 
 
 class Run:
@@ -57,7 +72,10 @@ class Run:
 
     def __init__(self, folder: Path, work: Path, smoke: bool, seconds: float) -> None:
         self.folder, self.work, self.smoke = folder, work, smoke
-        self.commands = Commands(ROOT, work, time.monotonic() + seconds, environment(smoke))
+        # What this run tunes, and nothing that was tuned before, is what it measures.
+        self.configs = folder / "configs"
+        variables = environment(smoke) | {configs.VARIABLE: str(self.configs)}
+        self.commands = Commands(ROOT, work, time.monotonic() + seconds, variables)
         self.device = torch.device("cpu") if smoke else default_device()
         self.ceilings_file = work / "ceilings.json"
         self.result: dict[str, Any] = {
@@ -104,8 +122,12 @@ class Run:
 
     def python(self, name: str, *arguments: str, **options: Any) -> Outcome:
         """Run this Python on arguments, under a part's budget."""
-        options.setdefault("budget", BUDGETS[name])
+        options.setdefault("budget", self.budget(name))
         return self.commands.run(name, [sys.executable, *arguments], **options)
+
+    def budget(self, name: str) -> float:
+        """Seconds that a part may take."""
+        return SMOKE_BUDGET if self.smoke else BUDGETS[name]
 
     @property
     def failed(self) -> bool:
@@ -154,11 +176,36 @@ class Run:
         workers = min(8, len(os.sched_getaffinity(0)), int(memory / GIB_PER_WORKER))
         return ["-n", str(workers)] if workers > 1 else []
 
+    def graphs(self) -> str:
+        """Passes recorded as CUDA graphs, against the same passes as they are."""
+        if importlib.util.find_spec("diffusers") is None:
+            raise NotRunError("diffusers is not installed")
+        options = ["-k", "nchw"] if self.smoke else []
+        outcome = self.python("graphs", "-m", "pytest", GRAPH_TESTS, "-m", "gpu", "-q", *options)
+        if not outcome.ok:
+            raise PartError(outcome.said, outcome)
+        return outcome.said
+
+    def tune(self) -> str:
+        """Launch configurations for this card; what is measured afterwards runs with them."""
+        shutil.rmtree(self.configs, ignore_errors=True)
+        budget = self.budget("tune")
+        options = ["--models", "sd15", "--minutes", f"{(budget - 15) / 60:.2f}", "--most", "12"]
+        options += ["--layouts", "nhwc"]
+        if self.smoke:
+            options = ["--smoke", "--models", "tiny", "--operators", "geglu", "--most", "2"]
+            options += ["--dtypes", "float32", "--rounds", "1"]
+        output = f"--output={self.configs}"
+        outcome = self.python("tune", "-m", "tiue_kernels.tune", *options, output)
+        if not outcome.ok:
+            raise PartError(outcome.said, outcome)
+        return outcome.said
+
     def sanitizer(self) -> str:
         """memcheck and racecheck, side by side."""
         call = [sys.executable, "-m", "benchmarks.sanitize"]
         if self.smoke:  # the calls themselves, which nothing watches
-            outcome = self.commands.run("sanitizer", [*call, "--operators", "geglu"], budget=60)
+            outcome = self.python("sanitizer", *call[1:], "--operators", "geglu")
             if not outcome.ok:
                 raise PartError(outcome.said, outcome)
             return f"smoke run: {outcome.said}, not watched"
@@ -177,7 +224,7 @@ class Run:
             )
             for name in ("memcheck", "racecheck")
         }
-        deadline = time.monotonic() + BUDGETS["sanitizer"]
+        deadline = time.monotonic() + self.budget("sanitizer")
         outcomes = {
             name: command.wait(deadline - time.monotonic()) for name, command in started.items()
         }
@@ -214,7 +261,7 @@ class Run:
         """A process for each operator with kernels: one that crashes costs its own times alone."""
         rows = self.result["operators"] = []
         wrong = self.result["wrong"] = []
-        deadline = time.monotonic() + BUDGETS["operators"]
+        deadline = time.monotonic() + self.budget("operators")
         broken: list[Outcome] = []
         missed = []
         options = [f"--bench-rounds={2 if self.smoke else ROUNDS}", "--timeout=0", "-q", "-rf"]
@@ -249,25 +296,50 @@ class Run:
         return said
 
     def one_pass(self) -> str:
-        """The whole one pass against its published form, as `make bench` times it."""
-        if importlib.util.find_spec("diffusers") is None:
-            raise NotRunError("diffusers is not installed")
-        options = ["--bench-latents", "64", "--bench-rounds", "5"]
-        if self.smoke:
-            options = ["--bench-model", "tiny", "--bench-latents", "8", "--bench-rounds", "2"]
-        # max-autotune takes minutes to compile: a run of its own.
-        options += ["--bench-forms", "published", "full-steps", "one-step", "tiue"]
-        options.append("--bench-memory")  # of CUDA alone, which costs no process
-        output = self.work / "bench_one_pass.json"
-        outcome = self.python(
-            *("one pass", "-m", "pytest", "benchmarks/bench_one_pass.py", "-q", "--timeout=0"),
-            *(f"--benchmark-json={output}", *options),
-        )
+        """The whole one pass against its published form, eager and recorded."""
+        options = ["--bench-rounds", "5", "--bench-memory"]  # of CUDA alone: costs no process
+        outcome, said = self._one_pass("one pass", "bench_one_pass", ONE_PASS_FORMS, options)
         if not outcome.ok:
             raise PartError(outcome.said, outcome)
+        return said
+
+    def compiled(self) -> str:
+        """The one pass under torch.compile, where the time that is left allows it."""
+        if self.smoke:
+            raise NotRunError("smoke run: compiling takes minutes on a CPU")
+        if self.commands.left < 60:
+            raise NotRunError(f"{self.commands.left:.0f} s are left, and compiling takes a minute")
+        name = "bench_one_pass_compiled"
+        outcome, said = self._one_pass("compiled", name, COMPILED_FORMS, ["--bench-rounds", "5"])
+        if outcome.timed_out:
+            raise NotRunError(outcome.said)
+        if not outcome.ok:
+            raise PartError(outcome.said, outcome)
+        return said
+
+    def _one_pass(
+        self, part: str, name: str, forms: tuple[str, ...], options: list[str]
+    ) -> tuple[Outcome, str]:
+        """Race forms as `make bench` does, and keep the result; with the medians in words."""
+        if importlib.util.find_spec("diffusers") is None:
+            raise NotRunError("diffusers is not installed")
+        size = ["--bench-latents", "64"]
+        if self.smoke:
+            size = ["--bench-model", "tiny", "--bench-latents", "8"]
+        output = self.work / f"{name}.json"
+        outcome = self.python(
+            *(part, "-m", "pytest", "benchmarks/bench_one_pass.py", "-q", "--timeout=0"),
+            *(f"--benchmark-json={output}", *size, *options, "--bench-forms", *forms),
+        )
+        if not outcome.ok:
+            return outcome, ""
         shutil.copy(output, self.folder / output.name)
-        times = {row["form"]: row["median_s"] for row in gpu_results.read_benchmark(output)}
-        return ", ".join(f"{form} {seconds * 1e3:.1f} ms" for form, seconds in times.items())
+        rows = gpu_results.read_benchmark(output)
+        times = ", ".join(f"{row['form']} {row['median_s'] * 1e3:.1f} ms" for row in rows)
+        exposed = [row["form"] for row in rows if row.get("launches") == "exposed"]
+        if exposed:
+            times += f"; bound by the host: {', '.join(exposed)}"
+        return outcome, times
 
 
 class NotRunError(Exception):
@@ -310,6 +382,7 @@ def without_paths(text: str) -> str:
 def environment(smoke: bool) -> dict[str, str]:
     """This process's variables without those that would change what is measured."""
     ours = {"TIUE_BACKEND", "TIUE_HOST_LIBRARY", "TRITON_INTERPRET", "PYTEST_ADDOPTS"}
+    ours.add(configs.VARIABLE)
     kept = {
         name: value
         for name, value in os.environ.items()
@@ -331,7 +404,9 @@ def main(arguments: list[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/<device>")
-    parser.add_argument("--minutes", type=float, default=9.5, help="for the whole run")
+    parser.add_argument(
+        "--minutes", type=float, help=f"for the whole run: {MINUTES}, {SMOKE_MINUTES} with --smoke"
+    )
     parser.add_argument("--smoke", action="store_true", help="tiny shapes on a CPU; needs --output")
     options = parser.parse_args(arguments)
     if options.smoke and options.output is None:
@@ -342,14 +417,18 @@ def main(arguments: list[str] | None = None) -> int:
     results = ROOT / "benchmarks" / "results" / slug(default_device())
     folder = options.output.resolve() if options.output else results
     work = folder / "work" if options.smoke else ROOT / "out" / "gpu"
-    run = Run(folder, work, options.smoke, 60 * options.minutes)
+    minutes = options.minutes or (SMOKE_MINUTES if options.smoke else MINUTES)
+    run = Run(folder, work, options.smoke, 60 * minutes)
     run.part("build", run.build)
     run.part("tests", run.tests)
+    run.part("graphs", run.graphs)
     run.part("sanitizer", run.sanitizer)
     run.part("ceilings", run.ceilings)
+    run.part("tune", run.tune)
+    run.part("one pass", run.one_pass)
     run.part("warm-up", run.warm_up)
     run.part("operators", run.operators)
-    run.part("one pass", run.one_pass)
+    run.part("compiled", run.compiled)
     print(f"{folder / 'gpu.md'}; logs in {work}")
     return int(run.failed)
 

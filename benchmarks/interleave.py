@@ -22,33 +22,40 @@ class CudaClock:
     """Times calls on a GPU with CUDA events: inputs out of L2, launches hidden.
 
     Before each call the GPU reads a buffer of four times its L2, which leaves nothing of the call's
-    tensors there and nothing to be written back. Then it waits until the call is queued as a whole:
-    what is timed is the GPU's work and not how fast Python launches it. Calls that take longer to
-    queue than `LONGEST_LEAD` keep the GPU busy by themselves.
+    tensors there and nothing to be written back. Then it waits until the call is queued as a whole,
+    however long the host takes for that: what is timed is the GPU's work and not how fast Python
+    launches it. The driver queues some thousand launches and then blocks the host: a call of more
+    cannot be hidden whole, and is `exposed`; recorded as a graph it can.
 
     Args:
         device: The GPU.
+
+    Attributes:
+        exposed: Whether the last call's launches were not hidden.
     """
 
-    LEAST_LEAD, LONGEST_LEAD = 0.002, 0.05  # seconds
+    LEAST_LEAD, LONGEST_LEAD = 0.002, 1.0  # seconds
 
     def __init__(self, device: torch.device) -> None:
         l2_bytes = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 2**26)
         self._buffer = torch.zeros(max(l2_bytes, 2**24), dtype=torch.float32, device=device)
+        self.exposed = False
         cycles = 10_000_000
         torch.cuda._sleep(cycles)
         self._cycles_a_second = cycles / self._elapsed(lambda: torch.cuda._sleep(cycles))[0]
 
     def __call__(self, rival: Rival) -> float:
         """The seconds of one call."""
-        lead = self.LEAST_LEAD
+        lead, blocked = self.LEAST_LEAD, False
         while True:
             self._buffer.sum()
             torch.cuda._sleep(int(lead * self._cycles_a_second))
             seconds, queued = self._elapsed(rival)
-            if queued < lead or queued > self.LONGEST_LEAD:
+            self.exposed = queued >= lead
+            # Twice behind a wait of twice its time, and no faster: it had waited for the GPU.
+            if not self.exposed or blocked or queued > self.LONGEST_LEAD:
                 return seconds
-            lead = 2 * queued
+            blocked, lead = lead > self.LEAST_LEAD, 2 * queued
 
     @staticmethod
     def _elapsed(rival: Rival) -> tuple[float, float]:
@@ -62,7 +69,10 @@ class CudaClock:
 
 
 def interleave(
-    rivals: dict[str, Rival], rounds: int | dict[str, int], device: torch.device
+    rivals: dict[str, Rival],
+    rounds: int | dict[str, int],
+    device: torch.device,
+    exposed: set[str] | None = None,
 ) -> dict[str, list[float]]:
     """Time rivals that have been warmed up, in turn, so that a busy machine slows all alike.
 
@@ -70,6 +80,7 @@ def interleave(
         rivals: What to time, by name.
         rounds: Timings of each, or by name; a rival of fewer takes part in the first ones.
         device: Where they run.
+        exposed: Gets the names of those whose launches a GPU's clock could not hide.
 
     Returns:
         The seconds of every round, by name.
@@ -82,6 +93,8 @@ def interleave(
         for name in list(rivals)[:: -1 if index % 2 else 1]:
             if index < by_name[name]:
                 seconds[name].append(clock(rivals[name]))
+                if exposed is not None and getattr(clock, "exposed", False):
+                    exposed.add(name)
     return seconds
 
 

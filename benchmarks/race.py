@@ -59,7 +59,11 @@ class Race:
         self, rivals: dict[str, Rival], rounds: int | dict[str, int], device: torch.device
     ) -> None:
         """Time forms that have been compared and warmed up."""
-        self.seconds = interleave(rivals, rounds, device)
+        exposed: set[str] = set()
+        self.seconds = interleave(rivals, rounds, device, exposed)
+        for form in rivals if device.type == "cuda" else ():
+            launches = "exposed" if form in exposed else "hidden"
+            self.of_form.setdefault(form, {})["launches"] = launches
 
     def extra_info(self, form: str) -> dict[str, Any]:
         """Facts of one form, and the other forms' medians over its own."""

@@ -18,6 +18,7 @@ from benchmarks.interleave import Rival
 from benchmarks.models import random_inputs, random_unet, stable_diffusion_scheduler
 from benchmarks.race import Case
 from tiue import OnePassSchedule, TiUEUNet
+from tiue.compiled import GraphedCall
 from tiue_kernels import cpu, use_backend
 
 
@@ -101,8 +102,17 @@ def _published(setting: Setting) -> Rival:
     )
 
 
-def _published_compile(setting: Setting) -> Rival:
-    compiled = _compile(_PublishedNoise(setting.channels_last, setting.timesteps))
+def _published_channels_last(setting: Setting) -> Rival:
+    steps = setting.case.num_decoder_steps
+    unet = setting.channels_last
+    return partial(published_form.one_pass, unet, setting.scheduler, steps, **setting.inputs)
+
+
+def _published_noise(
+    setting: Setting, make: Callable[[torch.nn.Module], Callable[..., Any]]
+) -> Rival:
+    """The published form with its model outputs compiled or recorded, channels_last."""
+    compiled = make(_PublishedNoise(setting.channels_last, setting.timesteps))
 
     @torch.no_grad()
     def run() -> torch.Tensor:
@@ -110,6 +120,15 @@ def _published_compile(setting: Setting) -> Rival:
 
     run()  # compiles
     return run
+
+
+def _published_compile(setting: Setting, mode: str = "max-autotune") -> Rival:
+    return _published_noise(setting, partial(_compile, mode=mode))
+
+
+def _published_graph(setting: Setting) -> Rival:
+    _require_cuda(setting)
+    return _published_noise(setting, lambda module: GraphedCall(module, [module]))
 
 
 def _published_openvino(setting: Setting) -> Rival:
@@ -168,9 +187,27 @@ def _tiue_direct(setting: Setting) -> Rival:
     return direct
 
 
-def _tiue_compile(setting: Setting) -> Rival:
+def _tiue_channels_last(setting: Setting) -> Rival:
     student = TiUEUNet.from_unet(setting.channels_last)
-    compiled = _compile(partial(student.one_pass, schedule=setting.schedule))
+    return partial(student.one_pass, schedule=setting.schedule, **setting.inputs)
+
+
+def _tiue_graph(setting: Setting) -> Rival:
+    _require_cuda(setting)
+    recorded = TiUEUNet.from_unet(setting.channels_last).compile_one_pass()
+    run = partial(recorded, schedule=setting.schedule, **setting.inputs)
+    run()  # records
+    return run
+
+
+def _require_cuda(setting: Setting) -> None:
+    if setting.unet.device.type != "cuda":
+        raise NotRunError("CUDA graphs need an NVIDIA GPU")
+
+
+def _tiue_compile(setting: Setting, mode: str = "max-autotune") -> Rival:
+    student = TiUEUNet.from_unet(setting.channels_last)
+    compiled = _compile(partial(student.one_pass, schedule=setting.schedule), mode)
     run = partial(compiled, **setting.inputs)
     run()  # compiles
     return run
@@ -184,11 +221,11 @@ def _tiue_openvino(setting: Setting) -> Rival:
     return run
 
 
-def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
+def _compile(function: Callable[..., Any], mode: str) -> Callable[..., Any]:
     if not torch.cuda.is_available() and shutil.which("g++") is None:
         raise NotRunError("torch.compile needs g++ on a CPU")
     torch._dynamo.reset()
-    return torch.compile(function, mode="max-autotune", dynamic=False)
+    return torch.compile(function, mode=mode, dynamic=False)
 
 
 def _flat(inputs: dict[str, Any]) -> Iterator[torch.Tensor]:
@@ -221,6 +258,17 @@ FORMS = {
         'the same under `torch.compile(mode="max-autotune")`, channels_last',
         by_default=("cuda",),
     ),
+    "published-inductor": Form(
+        partial(_published_compile, mode="default"),
+        "the same under torch.compile's default mode, channels_last",
+        by_default=(),
+    ),
+    "published-channels-last": Form(
+        _published_channels_last, "the same eager, channels_last", by_default=("cuda",)
+    ),
+    "published-graph": Form(
+        _published_graph, "the same as a CUDA graph, channels_last", by_default=("cuda",)
+    ),
     "published-openvino": Form(
         _published_openvino, "the same in OpenVINO, float32", by_default=("cpu",)
     ),
@@ -240,6 +288,17 @@ FORMS = {
         _tiue_compile,
         'this package under `torch.compile(mode="max-autotune")`, channels_last',
         by_default=("cuda",),
+    ),
+    "tiue-inductor": Form(
+        partial(_tiue_compile, mode="default"),
+        "this package under torch.compile's default mode, channels_last",
+        by_default=(),
+    ),
+    "tiue-channels-last": Form(
+        _tiue_channels_last, "this package, eager, channels_last", by_default=("cuda",)
+    ),
+    "tiue-graph": Form(
+        _tiue_graph, "this package as a CUDA graph, channels_last", by_default=("cuda",)
     ),
     "tiue-openvino": Form(_tiue_openvino, "this package in OpenVINO, float32", by_default=("cpu",)),
 }

@@ -186,3 +186,14 @@ def test_a_call_is_timed_once_it_is_queued_as_a_whole(monkeypatch: pytest.Monkey
     # The first call took 10 ms to queue behind a wait of 2 ms: again, behind 20 ms.
     assert gpu.slept == pytest.approx([2e-3, 2e-2])
     assert queued == []
+    assert not clock.exposed
+    # However long the host takes: 130 ms, and it still is the GPU's time that counts.
+    queued[:] = [0.13, 0.13]
+    assert clock(rival) == pytest.approx(5e-4)
+    assert gpu.slept[-1] == pytest.approx(0.26)
+    assert not clock.exposed
+    # A queue that is full blocks the host until the GPU goes on: nothing hides that call whole.
+    queued[:] = [0.01, 0.02, 0.04]
+    clock(rival)
+    assert clock.exposed
+    assert queued == []

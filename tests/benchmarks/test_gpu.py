@@ -34,10 +34,10 @@ def smoke(tmp_path_factory) -> Path:
 def test_every_part_runs_on_a_cpu(smoke: Path) -> None:
     result = json.loads((smoke / "gpu.json").read_text())
     status = {part["name"]: part["status"] for part in result["parts"]}
-    ran = ("tests", "sanitizer", "ceilings", "operators", "one pass")
+    ran = ("tests", "graphs", "sanitizer", "ceilings", "tune", "operators", "one pass")
     assert status == {
         **dict.fromkeys(ran, "passed"),
-        **dict.fromkeys(("build", "warm-up"), "not run"),
+        **dict.fromkeys(("build", "warm-up", "compiled"), "not run"),
     }
     assert result["smoke"]
     assert result["parity"]["passed"] > 5
@@ -70,6 +70,21 @@ def test_report_names_device_versions_and_figures(smoke: Path) -> None:
     assert f"torch {torch.__version__}" in text
     assert "### geglu, backward" in text
     assert str(ROOT) not in text + json.dumps(result)
+
+
+def test_the_one_pass_is_raced_in_every_form_that_runs_here(smoke: Path) -> None:
+    rows = json.loads((smoke / "bench_one_pass.json").read_text())["benchmarks"]
+    forms = {row["extra_info"]["form"] for row in rows}
+    assert forms == {form for form in gpu.ONE_PASS_FORMS if "graph" not in form}
+    not_run = rows[0]["extra_info"]["not_run"]
+    assert set(not_run) == {"published-graph", "tiue-graph"}
+
+
+def test_a_smoke_run_has_time_where_a_real_one_has_ten_minutes(tmp_path: Path) -> None:
+    real, smoke = (gpu.Run(tmp_path, tmp_path / "work", flag, 60) for flag in (False, True))
+    assert {real.budget(name) for name in gpu.BUDGETS} == set(gpu.BUDGETS.values())
+    assert all(smoke.budget(name) > 3 * real.budget(name) for name in gpu.BUDGETS)
+    assert gpu.MINUTES < 10
 
 
 def test_smoke_never_writes_results(capsys) -> None:
