@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -119,11 +121,12 @@ def by_kind(launches: tuple[Launch, ...]) -> dict[str, tuple[int, int]]:
     return {kind: (kernels[kind], total) for kind, total in moved.most_common()}
 
 
-def measure(models: Mapping[str, int] = COUNTED) -> dict[str, Any]:
+def measure(models: Mapping[str, int] = COUNTED, forms: Sequence[str] = FORMS) -> dict[str, Any]:
     """Count every form and layout, for the report.
 
     Args:
         models: Names of `benchmarks.configs.CONFIGS`, to the latents' height and width.
+        forms: Of `FORMS`.
 
     Returns:
         By model, form and layout: `kernels`, `read`, `written`, and `kinds`; where a form does not
@@ -131,7 +134,7 @@ def measure(models: Mapping[str, int] = COUNTED) -> dict[str, Any]:
     """
     found: dict[str, Any] = {}
     for model, latent_size in models.items():
-        for form, layout in itertools.product(FORMS, LAYOUTS):
+        for form, layout in itertools.product(forms, LAYOUTS):
             try:
                 launches = count(form, model, layout, latent_size)
             except CudaError as error:
@@ -201,10 +204,17 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--form", choices=FORMS, default="tiue", help="whose kinds are printed")
     parser.add_argument("--layout", choices=LAYOUTS, default="nchw", help="likewise")
     parser.add_argument("--write", metavar="FILE", help="count all models into a JSON file")
+    parser.add_argument("--forms", nargs="+", choices=FORMS, default=FORMS, help="to be written")
+    parser.add_argument(
+        "--keep", type=Path, metavar="FILE", help="the other forms' figures, as they were counted"
+    )
     parser.add_argument("--commit", help="that this tree is a copy of, where it is no checkout")
     options = parser.parse_args(arguments)
     if options.write:
-        write_result(options.write, {"models": measure()}, options.commit)
+        known = json.loads(options.keep.read_text())["models"] if options.keep else {}
+        for model, forms in measure(forms=options.forms).items():
+            known[model] = {**known.get(model, {}), **forms}
+        write_result(options.write, {"models": known}, options.commit)
         return
     forms = measure({options.model: CONFIGS[options.model]["sample_size"]})[options.model]
     print(table(HEADER, rows(forms)))

@@ -124,12 +124,11 @@ def test_the_published_form_runs_every_layer_once():
 
 
 def test_tables_show_what_was_counted_or_why_not(monkeypatch):
-    monkeypatch.setattr(launches, "FORMS", ("one-step",))
     count_of = launches.count
     monkeypatch.setattr(
         launches, "count", lambda form, model, layout, size: _refusing(count_of, form, layout)
     )
-    measured = launches.measure({"tiny": 16})["tiny"]
+    measured = launches.measure({"tiny": 16}, ["one-step"])["tiny"]
     lines = launches.rows(measured)
     counted = count_of("one-step", "tiny", "nchw", 16)
     assert lines[0][:3] == ["one-step", "nchw", f"{len(counted)}"]
