@@ -15,13 +15,15 @@ from tiue.openmoji.config import DECODER_STEPS
 from tiue.openmoji.student import student_folder
 
 
-def export_weights(work: Path, output: Path) -> None:
+def export_weights(work: Path, output: Path, needs_decoder: bool = True) -> None:
     """Writes those of `teacher/` and `student/` that are trained; each appears whole or not at all.
 
     Args:
         work: the work folder of the training commands.
         output: receives `teacher/`, a Stable Diffusion pipeline, and `student/`, a UNet and its
             scheduler (text encoder, tokenizer and autoencoder are the teacher's).
+        needs_decoder: whether a teacher is exported with a decoder that was trained on alone only;
+            else with the autoencoder's own where there is none.
 
     Raises:
         CheckpointError: if neither is trained yet, or a teacher has no decoder.
@@ -29,7 +31,10 @@ def export_weights(work: Path, output: Path) -> None:
     teacher, student = work / "teacher" / "pipeline", student_folder(work, DECODER_STEPS)
     has_student = (student / "unet").is_dir()
     if teacher.is_dir():
-        _export_teacher(teacher, work / "decoder", output / "teacher")
+        decoder = work / "decoder"
+        if not decoder.is_dir() and not needs_decoder:
+            decoder = work / "autoencoder"
+        _export_teacher(teacher, decoder, output / "teacher")
     elif not has_student:
         raise CheckpointError(
             f"no teacher in {teacher} and no student in {student}: run `python -m "
@@ -45,6 +50,9 @@ def _export_teacher(source: Path, decoder: Path, place: Path) -> None:
     pipeline = StableDiffusionPipeline.from_pretrained(source, vae=vae, dtype=torch.float16)
     with _Replacing(place) as folder:
         pipeline.save_pretrained(folder)
+        facts = source.parent / "training.json"
+        if facts.exists():
+            shutil.copy(facts, folder / "training.json")
         _forget_origin(folder)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,19 @@ from diffusers.training_utils import EMAModel, compute_snr
 from diffusers.utils import make_image_grid
 from torch import nn
 
+from tiue.errors import CheckpointError
 from tiue.openmoji.autoencoder import load_autoencoder
 from tiue.openmoji.config import LATENT_CHANNELS, LATENT_SIZE
 from tiue.openmoji.loop import (
+    CHECKPOINT,
     average_gradients,
     decaying_rate,
     process,
+    replace,
     run,
     set_rate,
     step_generator,
+    write_json,
 )
 from tiue.openmoji.teacher import (
     build_pipeline,
@@ -97,6 +102,7 @@ class TeacherTraining:
             self.parameters, lr=config.learning_rate, weight_decay=1e-3, fused=True
         )
         self.ema = EMAModel(self.parameters, decay=config.ema_decay, foreach=True)
+        self.first = 0  # the step from which the optimiser knows its gradients
 
     def step(self, step: int) -> float:
         """Takes one optimiser step, all its randomness drawn from its number; returns the loss.
@@ -127,6 +133,7 @@ class TeacherTraining:
         loss = (weight * (predicted - noise).square().mean(dim=(1, 2, 3))).mean()
 
         factor = decaying_rate(step, config.steps, config.warmup_steps, config.decay_share)
+        factor = min(factor, (step - self.first + 1) / config.warmup_steps)
         set_rate(self.optimizer, config.learning_rate * factor)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -143,6 +150,7 @@ class TeacherTraining:
             "text_encoder": self.text_encoder.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "ema": self.ema.state_dict(),
+            "first": self.first,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -151,6 +159,33 @@ class TeacherTraining:
         self.text_encoder.load_state_dict(state["text_encoder"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.ema.load_state_dict(state["ema"])
+        self.first = state.get("first", 0)
+
+    def load_exported(self, folder: Path) -> int:
+        """Takes the weights of an exported teacher, whose optimiser's state is lost.
+
+        Args:
+            folder: that of the pipeline, with `training.json`.
+
+        Returns:
+            The updates that the weights have had.
+
+        Raises:
+            CheckpointError: they are of other sizes.
+        """
+        pipeline = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
+        try:
+            self.unet.load_state_dict(pipeline.unet.state_dict())
+            self.text_encoder.load_state_dict(pipeline.text_encoder.state_dict())
+        except RuntimeError as error:
+            raise CheckpointError(f"the teacher in {folder} is of another configuration") from error
+        for averaged, parameter in zip(self.ema.shadow_params, self.parameters, strict=True):
+            averaged.copy_(parameter.detach())
+        steps: int = json.loads((folder / "training.json").read_text(encoding="utf-8"))["steps"]
+        # The average has forgotten nothing: it weighs new weights as it did at that step.
+        self.ema.optimization_step = steps
+        self.first = steps
+        return steps
 
     def averaged_pipeline(self, vae: AutoencoderTiny) -> StableDiffusionPipeline:
         """The pipeline with copies of the averaged weights."""
@@ -174,7 +209,12 @@ def sample_sheet(pipeline: StableDiffusionPipeline, path: Path) -> None:
 
 
 def train_teacher(
-    pool: ScenePool, autoencoder: Path, folder: Path, config: TeacherConfig, resume: bool = False
+    pool: ScenePool,
+    autoencoder: Path,
+    folder: Path,
+    config: TeacherConfig,
+    resume: bool = False,
+    start: Path | None = None,
 ) -> StableDiffusionPipeline:
     """Trains the teacher and saves it as a diffusers pipeline folder.
 
@@ -184,6 +224,7 @@ def train_teacher(
         folder: receives `checkpoint.pt` and contact sheets on the way, `pipeline/` in the end.
         config: sizes, rates, steps, seed.
         resume: go on from the folder's checkpoint.
+        start: an exported teacher to go on from where there is no checkpoint.
 
     Returns:
         The pipeline with the averaged weights, float32.
@@ -196,8 +237,36 @@ def train_teacher(
         if done % SHEET_EVERY == 0:
             sample_sheet(training.averaged_pipeline(vae), folder / f"step-{done:05d}.png")
 
-    run(training, folder, config.steps, resume, sample)
+    first = 0
+    if start is not None and not (folder / CHECKPOINT).exists():
+        first = training.load_exported(start)
+    run(training, folder, config.steps, resume, sample, first=first)
     pipeline = training.averaged_pipeline(vae)
     if process()[0] == 0:
         pipeline.save_pretrained(folder / "pipeline")
     return pipeline
+
+
+def save_averaged(autoencoder: Path, folder: Path, config: TeacherConfig) -> int:
+    """Writes the pipeline of an unfinished training, and how many updates it has had.
+
+    Args:
+        autoencoder: the folder that the autoencoder's training left.
+        folder: the training's; receives `pipeline/` and `training.json`.
+        config: its sizes.
+
+    Returns:
+        The updates.
+
+    Raises:
+        CheckpointError: there is no checkpoint.
+    """
+    if not (folder / CHECKPOINT).exists():
+        raise CheckpointError(f"no training to take a teacher of in {folder}: run `... teacher`")
+    state = torch.load(folder / CHECKPOINT, weights_only=True)
+    training = TeacherTraining(ScenePool(torch.empty(0), []), torch.empty(0), config)
+    training.load_state_dict(state["training"])
+    training.averaged_pipeline(load_autoencoder(autoencoder)).save_pretrained(folder / "pipeline")
+    facts = {"steps": state["step"], "seconds": round(state["seconds"])}
+    replace(folder / "training.json", lambda path: write_json(facts, path))
+    return state["step"]

@@ -68,10 +68,13 @@ def teacher(
 ) -> None:
     """Train the teacher's UNet and text encoder on the autoencoder's latents.
 
+    With --resume and no checkpoint in the work folder, the shipped teacher is trained on.
+
     On several cores: torchrun --nproc-per-node 2 -m tiue.scenes.train teacher
     """
     from torch import distributed
 
+    from tiue.scenes import WEIGHTS
     from tiue.scenes.data import load_pool
     from tiue.scenes.teacher import train_teacher
 
@@ -80,7 +83,21 @@ def teacher(
 
     config = TeacherConfig(steps=steps, seed=seed)
     pool = load_pool(work / "teacher.safetensors", config.pool, seed)
-    train_teacher(pool, work / "autoencoder", work / "teacher", config, resume)
+    shipped = WEIGHTS / "teacher"
+    start = shipped if resume and (shipped / "training.json").exists() else None
+    autoencoder = work / "autoencoder"
+    if start is not None and not (autoencoder / "vae").is_dir():
+        autoencoder = start  # whose latents the shipped teacher knows
+    train_teacher(pool, autoencoder, work / "teacher", config, resume, start)
+
+
+@app.command()
+def average(work: Work = DEFAULT_WORK) -> None:
+    """Write the pipeline of a teacher whose training goes on, for `export`."""
+    from tiue.scenes.teacher import save_averaged
+
+    steps = save_averaged(work / "autoencoder", work / "teacher", TeacherConfig())
+    typer.echo(f"{work / 'teacher' / 'pipeline'}: {steps} updates")
 
 
 @app.command()
@@ -116,7 +133,7 @@ def export(
     from tiue.openmoji.export import export_weights
     from tiue.scenes import WEIGHTS
 
-    export_weights(work, output or WEIGHTS)
+    export_weights(work, output or WEIGHTS, needs_decoder=False)
 
 
 @app.command()

@@ -1,5 +1,6 @@
 """The stages: a resumed run ends with the same bits, lost or damaged caches are made again."""
 
+import json
 import random
 from dataclasses import replace
 
@@ -9,13 +10,14 @@ import torch
 from tiue.errors import CheckpointError
 from tiue.openmoji.autoencoder import build_autoencoder
 from tiue.openmoji.config import AutoencoderConfig
+from tiue.openmoji.export import export_weights
 from tiue.openmoji.loop import decaying_rate, run
 from tiue.scenes import load_scenes_teacher
 from tiue.scenes.config import MAX_PROMPT_TOKENS, TeacherConfig
 from tiue.scenes.data import load_latents, load_pool
 from tiue.scenes.grammar import draw_request
 from tiue.scenes.student import write_prompts
-from tiue.scenes.teacher import TeacherTraining, build_scheduler
+from tiue.scenes.teacher import TeacherTraining, build_scheduler, save_averaged
 from tiue.schedule import OnePassSchedule
 
 TEACHER = TeacherConfig(
@@ -59,6 +61,26 @@ def test_a_checkpoint_of_another_size_is_refused(pool, tmp_path):
     run(training(pool), tmp_path, 1)
     with pytest.raises(CheckpointError, match="without --resume"):
         run(training(pool, replace(TEACHER, channels=(32, 64))), tmp_path, 2, resume=True)
+
+
+def test_a_teacher_in_training_is_exported_and_goes_on_from_there(pool, tmp_path):
+    config = AutoencoderConfig(width=8, encoder_blocks=(0, 0, 1, 1), decoder_blocks=(1, 1, 1, 0))
+    build_autoencoder(config).save_pretrained(tmp_path / "autoencoder" / "vae")
+    first = training(pool)
+    run(first, tmp_path / "teacher", 3)
+    assert save_averaged(tmp_path / "autoencoder", tmp_path / "teacher", TEACHER) == 3
+    export_weights(tmp_path, tmp_path / "weights", needs_decoder=False)
+    shipped = tmp_path / "weights" / "teacher"
+    again = training(pool)
+    assert again.load_exported(shipped) == 3
+    for name, value in first.averaged_pipeline(None).unet.state_dict().items():
+        torch.testing.assert_close(again.unet.state_dict()[name], value, rtol=1e-3, atol=1e-3)
+    run(again, tmp_path / "on", 5, first=3)
+    assert json.loads((tmp_path / "on" / "training.json").read_text())["steps"] == 5
+    with pytest.raises(CheckpointError, match="another configuration"):
+        training(pool, replace(TEACHER, channels=(32, 64))).load_exported(shipped)
+    with pytest.raises(CheckpointError, match="no training"):
+        save_averaged(tmp_path / "autoencoder", tmp_path / "nothing", TEACHER)
 
 
 def test_every_word_is_one_token_and_every_prompt_fits(pool):
