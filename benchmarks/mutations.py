@@ -87,7 +87,7 @@ MUTATIONS = (
         SCHEDULE,
     ),
     Mutation(
-        "tiue/schedule.py", "if num_decoder_steps < 1:", "if num_decoder_steps < 0:", SCHEDULE
+        "tiue/schedule.py", "or num_decoder_steps < 1:", "or num_decoder_steps < 0:", SCHEDULE
     ),
     # UNet, encoder, decoder
     Mutation("tiue/decoder.py", "attentions, reversed(skips)", "attentions, skips", _unet("sd1")),
@@ -99,7 +99,7 @@ MUTATIONS = (
     ),
     Mutation("tiue/unet.py", "skip + extra for", "skip for", _unet("controlnet")),
     Mutation("tiue/unet.py", "hidden = hidden + mid", "hidden = hidden", _unet("controlnet")),
-    Mutation("tiue/unet.py", "* -10000.0)", "* -1.0)", _unet("attention_mask")),
+    Mutation("tiue/features.py", "* -10000.0)", "* -1.0)", _unet("attention_mask")),
     Mutation(
         "tiue/unet.py",
         "timesteps.repeat_interleave(batch)",
@@ -122,8 +122,8 @@ MUTATIONS = (
     # Pipeline and loading
     Mutation(
         "tiue/pipelines/program.py",
-        "noise = noise * schedule.init_noise_sigma",
-        "noise = noise * 1.0",
+        "noise * schedule.init_noise_sigma",
+        "noise",
         _tests("tiue/test_program.py"),
     ),
     Mutation("tiue/weights.py", "    if missing:\n", "    if False:\n", WEIGHTS),
@@ -194,13 +194,13 @@ MUTATIONS = (
         _attention("reference and repeated and f32"),
     ),
     Mutation(
-        "tiue_kernels/reference/upsample_conv2d.py",
+        "tiue_kernels/ops/upsample_conv2d.py",
         "taps = (first + middle, last) if parity",
         "taps = (first + middle, last) if not parity",
         _attention("upsample and phases and f32"),
     ),
     Mutation(
-        "tiue_kernels/reference/upsample_conv2d.py",
+        "tiue_kernels/ops/upsample_conv2d.py",
         "(y + 1 - i) // 2, (x",
         "(y + i) // 2, (x",
         _attention("upsample and phases and f32"),
@@ -261,7 +261,7 @@ MUTATIONS = (
         _tests("tiue_kernels/test_dispatch.py"),
     ),
     Mutation(
-        "tiue_kernels/dispatch.py",
+        "tiue_kernels/ops/cross_timestep_attention.py",
         "if size % 8 or size > 256:",
         "if size > 256:",
         _tests("tiue_kernels/test_dispatch.py"),

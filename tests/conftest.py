@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.skips import NeededByCI
 from tiue_kernels import build, cpu, cuda, dispatch
 
 # A CPU library that lies in the package is for the tests that ask for it (`with_cpu_library`).
@@ -22,6 +23,10 @@ cpu._why_not = "tests ask for it"
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(NeededByCI())
 
 
 @contextmanager

@@ -209,3 +209,26 @@ def drawing():
     pipe.set_progress_bar_config(disable=True)
     pipe("red apple", output_type="latent")  # K = 4 is known from here on
     return pipe
+
+
+@pytest.mark.parametrize("tokens", [None, 10**30, 0, 400])
+def test_a_tokenizer_that_knows_no_end_is_cut_at_the_text_encoders(folder, tokens, caplog):
+    path = folder / "tokenizer" / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    config.pop("model_max_length")
+    path.write_text(json.dumps(config if tokens is None else config | {"model_max_length": tokens}))
+    pipe = TiUEPipeline.from_pretrained(folder)
+    assert "its text encoder takes 16" in caplog.text
+    pipe.set_progress_bar_config(disable=True)
+    latents = [
+        pipe(text, output_type="latent", generator=torch.Generator().manual_seed(0)).images
+        for text in ("a " * 30, "a " * 14)
+    ]
+    assert torch.equal(*latents)  # start, 14 words, end
+
+
+def test_a_tokenizer_with_more_words_than_the_text_encoder(folder):
+    """Drawing would read outside of the table of embeddings."""
+    edit_json(folder / "tokenizer" / "tokenizer_config.json", bos_token="<|start|endoftext|>")
+    with pytest.raises(CheckpointError, match=r"tokenizer knows \d+ tokens, its text encoder \d+:"):
+        TiUEPipeline.from_pretrained(folder)

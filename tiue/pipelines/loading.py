@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from tiue.pipelines.scheduler import with_one_pass
 from tiue.single_file import load_single_file
 from tiue.unet import TiUEUNet
 from tiue.weights import check_classes, load_models
+
+_log = logging.getLogger(__name__)
 
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "proxies", "token", "local_files_only", "revision")
 
@@ -70,6 +73,7 @@ class LoadableOnePass(OnePass):
             folder = model if is_local else cls.download(model, **kwargs)
             kwargs |= load_models(Path(folder), index, kwargs)
             pipe = super().from_pretrained(model, **kwargs)
+            _fit_tokenizers(pipe)
             if "scheduler" not in kwargs:
                 pipe.scheduler = with_one_pass(pipe.scheduler)
         except TiUEError:
@@ -142,3 +146,26 @@ class LoadableOnePass(OnePass):
         if index.get("unet", [None])[-1] == TiUEUNet.__name__:
             index["unet"] = ["diffusers", UNet2DConditionModel.__name__]
         return result
+
+
+def _fit_tokenizers(pipe: Any) -> None:
+    """Bring tokenizers to the length of their text encoders; refuse those of other words."""
+    for end in ("", "_2"):
+        tokenizer = getattr(pipe, f"tokenizer{end}", None)
+        encoder: Any = getattr(pipe, f"text_encoder{end}", None)
+        if tokenizer is None or not hasattr(encoder, "config"):
+            continue
+        config = encoder.config
+        if len(tokenizer) > config.vocab_size:
+            raise CheckpointError(
+                f"tokenizer{end} knows {len(tokenizer)} tokens, its text encoder"
+                f" {config.vocab_size}: take both from one model, or fetch it again"
+            )
+        most = config.max_position_embeddings
+        if 0 < tokenizer.model_max_length <= most:
+            continue
+        _log.warning(
+            "tokenizer%s is set to %s tokens; its text encoder takes %s, where prompts are cut now",
+            *(end, tokenizer.model_max_length, most),
+        )
+        tokenizer.model_max_length = most
