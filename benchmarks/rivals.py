@@ -6,7 +6,7 @@ import copy
 import importlib.util
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -15,11 +15,23 @@ from diffusers import DDIMScheduler, UNet2DConditionModel
 
 from benchmarks import published_form
 from benchmarks.interleave import Rival
-from benchmarks.models import random_inputs, random_unet, stable_diffusion_scheduler
+from benchmarks.models import (
+    draw_parameters,
+    random_inputs,
+    random_unet,
+    stable_diffusion_scheduler,
+)
 from benchmarks.race import Case
 from tiue import OnePassSchedule, TiUEUNet
 from tiue.compiled import GraphedCall
 from tiue_kernels import cpu, use_backend
+from tiue_kernels.nn import fuse
+
+LORA_RANK = 16
+LORA_TARGETS = [
+    *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out"),
+    *("conv1", "conv2", "conv_shortcut", "conv", "conv_in", "conv_out"),
+]
 
 
 class NotRunError(Exception):
@@ -60,6 +72,28 @@ class Setting:
         """A copy of the UNet with its convolutions in the layout that compilers prefer."""
         return copy.deepcopy(self.unet).to(memory_format=torch.channels_last)
 
+    @cached_property
+    def fused(self) -> UNet2DConditionModel:
+        """The UNet with the fused modules of `tiue_kernels.nn`, over the same weights."""
+        unet = _sharing(self.unet)
+        fuse(unet)
+        return unet
+
+    @cached_property
+    def with_lora(self) -> UNet2DConditionModel:
+        """The UNet with a LoRA of rank 16 beside all attention and convolution weights."""
+        if importlib.util.find_spec("peft") is None:
+            raise NotRunError("peft is not installed: pip install 'tiue[train]'")
+        from peft import LoraConfig
+
+        unet = _sharing(self.unet)
+        unet.add_adapter(LoraConfig(r=LORA_RANK, lora_alpha=4, target_modules=LORA_TARGETS))
+        generator = torch.Generator(unet.device).manual_seed(2)
+        for name, layer in unet.named_modules():
+            if name.endswith((".lora_A", ".lora_B")):
+                draw_parameters(layer, generator).to(unet.dtype)
+        return unet.eval()
+
     @property
     def schedule(self) -> OnePassSchedule:
         return OnePassSchedule.from_scheduler(self.scheduler, self.case.num_decoder_steps)
@@ -73,6 +107,12 @@ class Setting:
         scheduler = copy.deepcopy(self.scheduler)
         scheduler.set_timesteps(self.case.num_decoder_steps, device=noise_pred.device)
         return published_form.combine(scheduler, self.inputs["latents"], noise_pred)
+
+
+def _sharing(unet: UNet2DConditionModel) -> UNet2DConditionModel:
+    """A copy of the modules whose parameters are the same tensors."""
+    shared = {id(tensor): tensor for tensor in (*unet.parameters(), *unet.buffers())}
+    return copy.deepcopy(unet, shared)
 
 
 class _PublishedNoise(torch.nn.Module):
@@ -241,13 +281,13 @@ class Form:
         build: Makes the call of a setting, compiled where it is; raises `NotRunError` where it
             cannot.
         meaning: One line for the report.
-        is_equal: Whether it computes the published form's numbers.
+        equal_to: The form whose numbers it computes; None where it has its own.
         by_default: Where it runs unless `--bench-forms` says otherwise.
     """
 
     build: Callable[[Setting], Rival]
     meaning: str
-    is_equal: bool = True
+    equal_to: str | None = "published"
     by_default: tuple[str, ...] = ("cpu", "cuda")
 
 
@@ -274,15 +314,39 @@ FORMS = {
     ),
     "full-steps": Form(
         lambda setting: partial(_sample, setting, setting.case.num_decoder_steps),
-        "plain sampling: the whole UNet K times; other numbers by nature",
-        is_equal=False,
+        "plain sampling: the whole UNet K times, what K-step models cost; other numbers by nature",
+        equal_to=None,
+    ),
+    "full-steps-fused": Form(
+        lambda setting: partial(
+            _sample, replace(setting, unet=setting.fused), setting.case.num_decoder_steps
+        ),
+        "the same after `fuse(unet)`",
+        equal_to="full-steps",
     ),
     "one-step": Form(
         lambda setting: partial(_sample, setting, 1),
         "the whole UNet once, what one-step models cost; other numbers by nature",
-        is_equal=False,
+        equal_to=None,
+    ),
+    "one-step-fused": Form(
+        lambda setting: partial(_sample, replace(setting, unet=setting.fused), 1),
+        "the same after `fuse(unet)`",
+        equal_to="one-step",
     ),
     "tiue": Form(_tiue, "this package, eager"),
+    "published-lora": Form(
+        lambda setting: _published(replace(setting, unet=setting.with_lora)),
+        "the published form with a LoRA of rank 16 on all attention and convolution layers",
+        equal_to=None,
+        by_default=(),
+    ),
+    "tiue-lora": Form(
+        lambda setting: _tiue(replace(setting, unet=setting.with_lora)),
+        "this package with the same LoRA, not fused",
+        equal_to="published-lora",
+        by_default=(),
+    ),
     "tiue-direct": Form(_tiue_direct, "this package without Winograd convolutions", by_default=()),
     "tiue-compile": Form(
         _tiue_compile,

@@ -96,6 +96,26 @@ def test_memory_grows_by_what_a_pass_allocates(rows, monkeypatch):
     assert 224 <= peak / 2**20 < 512
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_forms_of_other_numbers_are_held_against_their_own(dtype, monkeypatch):
+    unet = random_unet("tiny", torch.device("cpu"), dtype)
+    forms = ["tiue-lora", "one-step", "one-step-fused", "full-steps-fused"]
+    race = run_race(Case("tiny", 8, num_decoder_steps=2), unet, forms, 1, [])
+    assert race.not_run == {}
+    assert set(race.seconds) == set(forms)  # what they are held against is not timed
+    for form in ("tiue-lora", "one-step-fused", "full-steps-fused"):
+        limit = 1e-4 if dtype == torch.float32 else 0.2
+        assert race.of_form[form]["relative_difference"] < limit, form
+        assert "multiply_adds" not in race.of_form[form]
+    assert not hasattr(unet, "peft_config")  # the weights of the other forms are left as they are
+    assert "Fused" not in str(unet)
+    with monkeypatch.context() as patch:
+        wrong = rivals.Form(rivals.FORMS["published"].build, "no LoRA", "published-lora")
+        patch.setitem(rivals.FORMS, "tiue-lora", wrong)
+        with pytest.raises(AssertionError, match="tiue-lora differs by"):
+            run_race(Case("tiny", 8, num_decoder_steps=2), unet, ["tiue-lora"], 1, [])
+
+
 def test_a_form_that_is_wrong_is_not_timed(monkeypatch):
     def build(setting):
         right = rivals.FORMS["published"].build(setting)
