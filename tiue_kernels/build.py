@@ -7,6 +7,7 @@ setup.py can load this file by its path.
 import hashlib
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,8 @@ LIBRARIES = {
 }
 # sm_80 also runs on 8.6 and 8.9; its PTX serves GPUs newer than Hopper.
 DEFAULT_ARCHS = "80+PTX;90a"
+# Every access of a kernel on the host calls csrc/common/host_memory.cpp; no sanitizer is linked.
+HOST_CHECKS = "-fsanitize=thread --param tsan-instrument-func-entry-exit=0"
 GIB_PER_JOB = 3  # nvcc on the largest file takes 2
 # The oldest torch that the library loads beside, whatever the headers it is compiled with.
 TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"
@@ -41,7 +44,8 @@ def sources(target: str) -> list[Path]:
     folder = source_folder()
     if target == "cpu":
         return sorted((folder / "cpu").glob("*.cpp"))
-    return [*sorted(folder.glob("*/*.cu")), folder / "bindings.cpp"]
+    own = sorted((folder / "common").glob("*.cpp")) if target == "host" else []
+    return [*sorted(folder.glob("*/*.cu")), folder / "bindings.cpp", *own]
 
 
 def fingerprint(target: str) -> str:
@@ -64,6 +68,15 @@ def find_nvcc() -> str:
             "without TIUE_CUDA, which needs no compiler"
         )
     return found
+
+
+def toolkit_version() -> str:
+    """nvcc's, as in 13.0: its CUDA runtime is part of the library."""
+    said = subprocess.run([find_nvcc(), "--version"], capture_output=True, text=True).stdout
+    found = re.search(r"release (\d+\.\d+)", said)
+    if found is None:
+        raise BuildError(f"nvcc --version names no release:\n{said}")
+    return found[1]
 
 
 def find_ninja() -> str:
@@ -127,8 +140,12 @@ def _rules(target: str) -> dict[str, str]:
     if target == "host":
         # setjmp and longjmp switch stacks, which fortified builds take for an error.
         flags = f"{common} {hidden} -DTIUE_HOST -O2 -U_FORTIFY_SOURCE -Wall -Wno-unknown-pragmas"
-        compile_cuda = compile_cpp = f"{compiler} {flags} -MMD -MF $out.d -x c++ -c $in -o $out"
-        return {"cuda": compile_cuda, "cpp": compile_cpp, "link": link}
+        compiled = "-MMD -MF $out.d -x c++ -c $in -o $out"
+        return {
+            "cuda": f"{compiler} {flags} {HOST_CHECKS} {compiled}",
+            "cpp": f"{compiler} {flags} {compiled}",
+            "link": link,
+        }
     nvcc = find_nvcc()
     options = f"--compiler-options '{hidden} -Wall' -O3"
     archs = " ".join(architectures())
@@ -175,7 +192,10 @@ def build(target: str, output: Path, objects: Path | None = None) -> Path:
     )
     if done.returncode:
         raise BuildError(f"csrc does not compile:\n{done.stdout[-8000:]}{done.stderr[-2000:]}")
-    library.with_suffix(".sources").write_text(fingerprint(target))
+    made_of = [fingerprint(target)]
+    if target == "cuda":
+        made_of.append(toolkit_version())
+    library.with_suffix(".sources").write_text("\n".join(made_of))
     return library
 
 

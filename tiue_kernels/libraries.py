@@ -42,6 +42,30 @@ def load(path: Path, name: str, cure: str) -> str | None:
     return reason
 
 
+def why_no_driver(path: Path, driver: int) -> str | None:
+    """Why the driver cannot run what the CUDA library was linked with, with the cure.
+
+    A CUDA runtime runs on every driver of its major version or a newer one.
+
+    Args:
+        path: of the library; beside it lies what it was compiled with.
+        driver: the CUDA version that the driver is for, 13000 for 13.0; 0 where there is none.
+
+    Returns:
+        The reason, or None.
+    """
+    sources = path.with_suffix(".sources")
+    _, *toolkit = sources.read_text().split() if sources.exists() else ("",)
+    if not toolkit or not driver or driver // 1000 >= int(toolkit[0].partition(".")[0]):
+        return None
+    newest = f"{driver // 1000}.{driver % 1000 // 10}"
+    return (
+        f"it was compiled with CUDA {toolkit[0]}, whose runtime needs a driver for CUDA "
+        f"{toolkit[0].partition('.')[0]}.0 or newer, and this one is for {newest}: update the "
+        f"driver, or set CUDA_HOME to a toolkit of CUDA {driver // 1000} and build it again"
+    )
+
+
 def _why_stale(path: Path, target: str) -> str | None:
     """A library of other sources than those beside it takes other arguments; wheels have none."""
     try:
@@ -49,6 +73,6 @@ def _why_stale(path: Path, target: str) -> str | None:
     except build.BuildError:
         return None
     sources = path.with_suffix(".sources")
-    if sources.exists() and sources.read_text() == expected:
+    if sources.exists() and sources.read_text().split()[:1] == [expected]:
         return None
     return "was compiled from another version of csrc"

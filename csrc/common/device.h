@@ -49,18 +49,24 @@ struct alignas(sizeof(T) * kSize) Vector {
 
 template <int kSize, typename T>
 __device__ __forceinline__ Vector<T, kSize> load_vector(const T* pointer) {
+#ifdef TIUE_HOST
+  host::check_alignment(pointer, sizeof(Vector<T, kSize>), "a load");
+#endif
   return *reinterpret_cast<const Vector<T, kSize>*>(pointer);
 }
 
 template <int kSize, typename T>
 __device__ __forceinline__ void store_vector(T* pointer, const Vector<T, kSize>& vector) {
+#ifdef TIUE_HOST
+  host::check_alignment(pointer, sizeof(Vector<T, kSize>), "a store");
+#endif
   *reinterpret_cast<Vector<T, kSize>*>(pointer) = vector;
 }
 
 // The block's shared memory: all of it is asked for at the launch.
 __device__ __forceinline__ unsigned char* shared_memory() {
 #ifdef TIUE_HOST
-  return host::machine().shared;
+  return host::memory.shared;
 #else
   extern __shared__ __align__(128) unsigned char shared_arena[];
   return shared_arena;

@@ -26,7 +26,7 @@ using torch::stable::Tensor;
 #ifdef TIUE_HOST
 
 struct Device {
-  explicit Device(const Tensor&) {}
+  explicit Device(const Tensor&) { host::forget_allowed(); }
   // Tests lower it to reach, on small maps, what large ones do on a GPU.
   size_t shared_bytes() const {
     const char* limit = std::getenv("TIUE_HOST_SHARED_BYTES");
@@ -120,9 +120,21 @@ void dispatch_float(const Tensor& tensor, Function function) {
   }
 }
 
+// The memory of a tensor, for a kernel.
+inline void* memory_of(const Tensor& tensor) {
+#ifdef TIUE_HOST
+  int64_t extent = tensor.numel() ? 1 : 0;
+  for (int64_t i = 0; extent && i < tensor.dim(); ++i) {
+    extent += (tensor.size(i) - 1) * tensor.stride(i);
+  }
+  host::allow(tensor.data_ptr(), static_cast<size_t>(extent) * tensor.element_size());
+#endif
+  return tensor.data_ptr();
+}
+
 template <typename T>
 T* data(const Tensor& tensor) {
-  return static_cast<T*>(tensor.data_ptr());
+  return static_cast<T*>(memory_of(tensor));
 }
 
 inline bool is_aligned(const Tensor& tensor, size_t bytes) {
@@ -138,7 +150,7 @@ inline FloatArray float_array(const Tensor& tensor) {
   STD_TORCH_CHECK(
       type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16,
       "norm weights must be float32, float16 or bfloat16");
-  return {tensor.data_ptr(), type == ScalarType::Float ? 4 : type == ScalarType::Half ? 2 : -2};
+  return {memory_of(tensor), type == ScalarType::Float ? 4 : type == ScalarType::Half ? 2 : -2};
 }
 
 // out[i] = sum over rows of partial[row][i], in order: columns from `border` on have fewer rows.

@@ -20,19 +20,10 @@ struct Tile {
 #ifdef TIUE_HOST
 
 inline void copy_async(void* to, const void* from, bool valid) {
-  auto& fiber = host::self();
-  if (reinterpret_cast<uintptr_t>(to) % 16 || (valid && reinterpret_cast<uintptr_t>(from) % 16)) {
-    throw std::runtime_error("an asynchronous copy needs 16-byte addresses");
-  }
-  fiber.copies.push_back({to, from, 16, !valid});
+  host::start_copy(to, from, valid);
 }
 
-inline void commit_copies() {
-  auto& fiber = host::self();
-  size_t grouped = 0;
-  for (size_t size : fiber.groups) grouped += size;
-  fiber.groups.push_back(fiber.copies.size() - grouped);
-}
+inline void commit_copies() { host::commit_copies(); }
 
 template <int kKeep>
 void wait_for_copies() {
@@ -41,6 +32,7 @@ void wait_for_copies() {
 
 template <bool kTranspose>
 void load_matrices(uint32_t (&out)[4], const void* row) {
+  host::check_alignment(row, 16, "a matrix row");
   auto rows = host::exchange(row);
   int lane = static_cast<int>(threadIdx.x) % 32;
   for (int i = 0; i < 4; ++i) {

@@ -38,6 +38,24 @@ def test_a_missing_library_is_said_when_asked(tmp_path: Path, recwarn) -> None:
     assert not recwarn.list
 
 
+@pytest.mark.parametrize(
+    ("toolkit", "driver", "cure"),
+    [
+        ("13.0", 13000, None),
+        ("12.9", 13010, None),
+        ("12.9", 12020, None),  # minor versions are compatible
+        ("13.0", 0, None),  # no driver: torch says so
+        ("13.0", 12080, "this one is for 12.8: update the driver, or set CUDA_HOME to .* CUDA 12"),
+    ],
+)
+def test_a_driver_older_than_the_runtime_is_said(tmp_path: Path, toolkit, driver, cure) -> None:
+    library = tmp_path / "libtiue_cuda.so"
+    library.with_suffix(".sources").write_text(f"{build.fingerprint('cuda')}\n{toolkit}")
+    reason = libraries.why_no_driver(library, driver)
+    assert reason is None if cure is None else re.search(cure, reason)
+    assert libraries._why_stale(library, "cuda") is None
+
+
 @pytest.mark.timeout(1500)
 @pytest.mark.parametrize("name", ["cuda_library", "cpu_library"])
 def test_stable_abi_only(name: str, request: pytest.FixtureRequest) -> None:

@@ -5,6 +5,7 @@ kernels for CUDA tensors. `TIUE_HOST_LIBRARY`, or `load_host_library`, adds the 
 executed on the CPU, for tests.
 """
 
+import functools
 import os
 from pathlib import Path
 
@@ -27,6 +28,7 @@ for _name, _schemas in SCHEMAS.items():
     for _direction, _schema in _schemas.items():
         _library.define(f"{_name}_{_direction}{_schema}")
 
+_PATH = Path(__file__).parent / "libtiue_cuda.so"
 _why_not: str | None = None
 _host_libraries: set[Path] = set()
 
@@ -51,10 +53,16 @@ def why_not(operator: str | None = None, device_type: str = "cuda") -> str | Non
     if operator is not None and operator not in SCHEMAS:
         return "not implemented"
     if device_type == "cuda":
-        return _why_not
+        return _why_not or _why_no_driver()
     if device_type == "cpu":
         return None if _host_libraries else _NO_HOST_LIBRARY
     return f"no kernels for {device_type} tensors"
+
+
+@functools.cache
+def _why_no_driver() -> str | None:
+    version = getattr(torch._C, "_cuda_getDriverVersion", None)  # torch for CPUs has none
+    return libraries.why_no_driver(_PATH, version() if version is not None else 0)
 
 
 def load_host_library(path: str | os.PathLike[str]) -> None:
@@ -66,7 +74,7 @@ def load_host_library(path: str | os.PathLike[str]) -> None:
 
 
 _why_not = libraries.load(
-    Path(__file__).parent / "libtiue_cuda.so",
+    _PATH,
     "CUDA",
     "TIUE_CUDA=1 pip install --no-build-isolation . (needs nvcc)",
 )

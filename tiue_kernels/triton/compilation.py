@@ -73,13 +73,24 @@ def launches_of(call: Callable[[], object]) -> list[Compilation]:
     return launches
 
 
-def compiled(case: Compilation, capability: int) -> dict[str, int]:
-    """Registers a thread, bytes of spills and stack, from ptxas's log; bytes of shared memory.
+def target_of(name: int | str) -> GPUTarget:
+    """A compute capability, as in 90, or an AMD architecture, as in gfx942."""
+    if str(name).startswith("gfx"):
+        return GPUTarget("hip", name, 64 if str(name).startswith("gfx9") else 32)
+    return GPUTarget("cuda", int(name), 32)
+
+
+def compiled(case: Compilation, target: int | str) -> dict[str, int]:
+    """Registers a thread, bytes of spills and stack, as the assembler says; of shared memory.
 
     Use inside `ptxas_logs`.
 
+    Args:
+        case: what to compile.
+        target: for `target_of`.
+
     Raises:
-        RuntimeError: ptxas left no log.
+        RuntimeError: the assembler left no log.
     """
     names = list(case.signature)
     aligned = [n for n, kind in case.signature.items() if kind[0] == "*" or n in case.aligned]
@@ -93,16 +104,26 @@ def compiled(case: Compilation, capability: int) -> dict[str, int]:
     with contextlib.redirect_stdout(log):
         kernel = triton.compile(
             source,
-            target=GPUTarget("cuda", capability, 32),
+            target=target_of(target),
             options={"num_warps": case.num_warps, "num_stages": case.num_stages},
         )
 
+    is_amd = target_of(target).backend == "hip"
+    said = kernel.asm["amdgcn"] if is_amd else log.getvalue()
+
     def figure(pattern: str) -> int:
-        found = re.findall(pattern, log.getvalue())
+        found = re.findall(pattern, said)
         if not found:  # every log has each of them; none is no zero
-            raise RuntimeError(f"ptxas does not say {pattern!r}:\n{log.getvalue()}")
+            raise RuntimeError(f"the assembler does not say {pattern!r}:\n{said}")
         return max(map(int, found))
 
+    if is_amd:
+        return {
+            "registers": figure(r"\.vgpr_count:\s+(\d+)"),
+            "spills": 4 * figure(r"\.vgpr_spill_count:\s+(\d+)"),
+            "stack": figure(r"\.private_segment_fixed_size:\s+(\d+)"),
+            "shared": kernel.metadata.shared,
+        }
     return {
         "registers": figure(r"Used (\d+) registers"),
         "spills": figure(r"(\d+) bytes spill stores"),

@@ -47,34 +47,6 @@ def test_dispatch_runs_the_host_library(host_library: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_a_divergent_barrier_is_an_error(tmp_path: Path) -> None:
-    """The emulation notices a thread that returns while others wait, and writes out of bounds."""
-    if shutil.which("g++") is None:
-        pytest.skip("no g++")
-    source = tmp_path / "divergent.cpp"
-    source.write_text(
-        '#include "common/device.h"\n#include <cstdio>\n'
-        "struct Params { int waiting; int bytes; };\n"
-        "void kernel(Params p) {\n"
-        "  if (int(threadIdx.x) < p.waiting) __syncthreads();\n"
-        "  tiue::shared_memory()[p.bytes - 1] = 0;\n"
-        "}\n"
-        "int failed(int waiting, int bytes) {\n"
-        "  try { tiue::host::launch(kernel, 2, 64, 16, Params{waiting, bytes}); return 0; }\n"
-        "  catch (const std::runtime_error& error) { std::puts(error.what()); return 1; }\n"
-        "}\n"
-        "int main() { return !(failed(63, 16) && failed(64, 17) && !failed(64, 16)); }\n"
-    )
-    include = [f"-I{ROOT / 'csrc'}", f"-I{build.find_torch() / 'include'}"]
-    flags = ["-std=c++17", "-O1", "-DTIUE_HOST", "-U_FORTIFY_SOURCE"]
-    program = tmp_path / "divergent"
-    subprocess.run(["g++", *flags, *include, str(source), "-o", str(program)], check=True)
-    done = subprocess.run([str(program)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
-    assert "63 threads wait for their block" in done.stdout
-    assert "behind its 16 bytes" in done.stdout
-
-
 def test_architectures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TIUE_CUDA_ARCHS", raising=False)
     assert build.architectures() == [

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.tiue_kernels.fences import fenced
 from tiue_kernels.ops import upsample_conv2d
 from tiue_kernels.reference import cross_timestep_attention as reference
 from tiue_kernels.triton import cross_timestep_attention as kernels
@@ -136,7 +137,7 @@ def run(
 
 def check(module, case: Case, dtype: torch.dtype) -> None:
     tensors, grad = inputs(case, dtype)
-    results, logsumexp = run(module, tensors, grad)
+    results, logsumexp = run(module, fenced(tensors), *fenced([grad]))
     exact = tuple(x.double() for x in tensors)
     expected = naive(exact, grad.double())
     by_torch = naive(tensors, grad)

@@ -13,6 +13,7 @@ from types import ModuleType
 import pytest
 import torch
 
+from tests.tiue_kernels.fences import fenced
 from tests.tiue_kernels.triton.norm_cases import CASES, Case, Tensors, noise
 from tests.tolerances import ROUNDING_FLOORS
 
@@ -108,7 +109,7 @@ def textbook(case: Case, tensors: Tensors, grads: Tensors) -> Tensors:
 def test_error_is_at_most_twice_that_of_torch(name, form, backend, fences):
     case = CASES[name]
     tensors, grads = inputs_of(case, form)
-    results = run(module_of(backend, case), case, tensors, grads)
+    results = run(module_of(backend, case), case, fenced(tensors), fenced(grads))
     rounded = textbook(case, tensors, grads)
     expected = textbook(case, [t.double() for t in tensors], [g.double() for g in grads])
     errors = {}
