@@ -9,6 +9,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from tiue.errors import ArchitectureError, CheckpointError
+from tiue_kernels.layers import runs_own_forward
 
 PICKLES = {".bin", ".ckpt", ".pt", ".pth"}
 UNET_CLASSES = {"UNet2DConditionModel", "TiUEUNet"}
@@ -132,7 +133,7 @@ def check_is_unet(unet: Any) -> None:
         )
     if not isinstance(unet, UNet2DConditionModel):
         raise ArchitectureError(f"TiUEUNet is made of a diffusers UNet2DConditionModel, not {name}")
-    if "forward" in vars(unet):
+    if not runs_own_forward(unet):
         raise ArchitectureError(
             "this UNet's forward has been replaced (by offloading, for instance), which the one"
             " pass would not run: remove the hooks (pipe.remove_all_hooks()), and offload what is"

@@ -67,7 +67,8 @@ class OnePassSchedule:
         """
         config = scheduler.config
         limit = config.get("num_train_timesteps")
-        if not isinstance(num_decoder_steps, int) or num_decoder_steps < 1:
+        whole = isinstance(num_decoder_steps, int) and not isinstance(num_decoder_steps, bool)
+        if not whole or num_decoder_steps < 1:
             raise InputError(
                 f"num_decoder_steps must be a whole number of at least 1, got {num_decoder_steps!r}"
             )

@@ -16,6 +16,7 @@ from tiue.checkpoints import (
 from tiue.errors import CheckpointError
 from tiue.single_file import load_single_file
 from tiue.weights import load_whole
+from tiue_kernels.layers import runs_own_forward
 
 T = TypeVar("T", bound="LoadableUNet")
 
@@ -120,6 +121,8 @@ def _shared(unet: UNet2DConditionModel, cls: Any) -> Any:
     shared = cls.__new__(cls)
     # The registries are copied so that a module set on one is not set on the other.
     for name, value in vars(unet).items():
+        if name == "forward" and runs_own_forward(unet):
+            continue  # bound to the other model
         registry = type(value) in (dict, OrderedDict, set)
         shared.__dict__[name] = value.copy() if registry else value
     return shared

@@ -79,7 +79,11 @@ def contents(modules: Iterable[nn.Module]) -> list[tuple[int, int]]:
         modules: whose parameters and buffers are read.
     """
     tensors = [t for m in modules for t in (*m.parameters(), *m.buffers())]
-    return [(t._version, int(torch.hash_tensor(t.detach()).item())) for t in tensors]
+    return [(_version(t), int(torch.hash_tensor(t.detach()).item())) for t in tensors]
+
+
+def _version(tensor: torch.Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version  # those of inference_mode count none
 
 
 def _entries(container: Any) -> list[Any]:

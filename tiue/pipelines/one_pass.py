@@ -224,7 +224,9 @@ class OnePass(SafeAdapters, _Pipeline):
     def _schedule(self, num_decoder_steps: int, strength: float) -> OnePassSchedule:
         """S and E of the present scheduler, kept."""
         known: dict[Any, OnePassSchedule] = self.__dict__.setdefault("_schedules", {})
-        key = (settings_of(self.scheduler), num_decoder_steps, strength)
+        # 4.0 and 4 are one key, and not one answer.
+        kinds = (type(num_decoder_steps), type(strength))
+        key = (settings_of(self.scheduler), num_decoder_steps, strength, kinds)
         schedule = known.get(key)
         if schedule is None:
             schedule = OnePassSchedule.from_scheduler(self.scheduler, num_decoder_steps, strength)

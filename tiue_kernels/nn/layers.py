@@ -36,7 +36,7 @@ def is_named(instance: object, *names: type | str) -> bool:
 
 def is_untouched(module: Any) -> bool:
     """Whether calling a module runs the forward of its class and nothing else."""
-    return "forward" not in vars(module) and not any(
+    return runs_own_forward(module) and not any(
         getattr(module, hooks)
         for hooks in (
             "_forward_hooks",
@@ -46,6 +46,16 @@ def is_untouched(module: Any) -> bool:
             "_compiled_call_impl",  # of its own `compile`
         )
     )
+
+
+def runs_own_forward(module: Any) -> bool:
+    """Whether a module's forward is that of its class; accelerate's hooks leave it there, set."""
+    forward = vars(module).get("forward")
+    if forward is None:
+        return True
+    own: Any = type(module)
+    bound = getattr(forward, "__self__", None) is module
+    return bound and getattr(forward, "__func__", None) is own.forward
 
 
 def _holds_plain_tensors(module: Any) -> bool:
