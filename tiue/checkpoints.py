@@ -9,7 +9,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from tiue.errors import ArchitectureError, CheckpointError
-from tiue_kernels.layers import runs_own_forward
+from tiue_kernels.nn.layers import runs_own_forward
 
 PICKLES = {".bin", ".ckpt", ".pt", ".pth"}
 UNET_CLASSES = {"UNet2DConditionModel", "TiUEUNet"}

@@ -16,7 +16,7 @@ from tiue.checkpoints import (
 from tiue.errors import CheckpointError
 from tiue.single_file import load_single_file
 from tiue.weights import load_whole
-from tiue_kernels.layers import runs_own_forward
+from tiue_kernels.nn.layers import runs_own_forward
 
 T = TypeVar("T", bound="LoadableUNet")
 
