@@ -212,7 +212,7 @@ def _parquet_rows(path: Path, column: str | None) -> Iterator[Any]:
         place = _choose_column(_schema_columns(file.schema_arrow), column, path)
         for batch in file.iter_batches(columns=[".".join(place)]):
             yield from (_at(row, place) for row in batch.to_pylist())
-    except (OSError, pyarrow.ArrowException) as error:
+    except (OSError, pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise InputError(
             f"Cannot read prompts from '{path}' ({error}). Is the file whole?"
         ) from error

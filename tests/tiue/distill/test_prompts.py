@@ -135,3 +135,11 @@ def test_a_missing_file_asks_no_network(tmp_path):
         read_prompts("nowhere")
     with pytest.raises(InputError, match="Cannot read prompts"):
         read_prompts(tmp_path / "nowhere.jsonl")
+
+
+def test_a_column_of_text_that_is_none_is_named(tmp_path):
+    """A byte of the word "smile" that a bad disk flipped."""
+    broken = pyarrow.array([b"\xf3mile"], pyarrow.binary()).view(pyarrow.string())
+    parquet.write_table(pyarrow.table({"caption": broken}), tmp_path / "a.parquet")
+    with pytest.raises(InputError, match=r"Cannot read prompts from '.*a\.parquet'"):
+        read_prompts(tmp_path / "a.parquet")
