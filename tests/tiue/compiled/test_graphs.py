@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig
 
 from tests.tiue.compiled.stand_in import StandInRecorder
-from tests.tiue.test_adapters import CHANGES, ScaledProcessor
+from tests.tiue.test_adapters import CHANGES, ScaledProcessor, add_lora
 from tests.tiue.tiny import tiny_scheduler
 from tests.tiue.unets import make_conditioning, make_inputs, make_unet
 from tiue import OnePassSchedule, TiUEUNet
@@ -189,6 +189,18 @@ def test_a_lora_is_loaded_scaled_fused_and_unloaded() -> None:
     unet.delete_adapters("style")
     recorded.check()
     torch.testing.assert_close(recorded.call(*_inputs()), plain, rtol=1e-9, atol=1e-9)
+
+
+def test_a_lora_that_is_written_in_place_needs_no_new_recording() -> None:
+    recorded = Recorded()
+    add_lora(recorded.unet, ["to_q", "conv1", "conv_shortcut", "proj_in", "conv_out"])
+    assert recorded.check() == 1
+    before = recorded.unet.one_pass(*_inputs())
+    for key, parameter in recorded.unet.named_parameters():
+        if "lora_A" in key:
+            parameter.data.mul_(-1)
+    assert recorded.check() == 1
+    assert not torch.allclose(recorded.call(*_inputs()), before)
 
 
 def test_a_scale_that_an_attention_processor_holds() -> None:
