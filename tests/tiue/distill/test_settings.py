@@ -11,7 +11,7 @@ GIVEN = {"output": "run", "embeddings": "embeddings"}
 
 
 def test_every_shipped_recipe_is_a_config():
-    assert list_recipes() == ["one-gpu-24gb", "openmoji", "sd15", "sd21-base"]
+    assert list_recipes() == ["one-gpu-24gb", "openmoji", "scenes", "sd15", "sd21-base"]
     configs = {name: load_config(name, **GIVEN) for name in list_recipes()}
     published = configs["sd21-base"]
     assert published == dataclasses.replace(
