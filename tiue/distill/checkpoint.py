@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from diffusers import SchedulerMixin, UNet2DConditionModel
 from diffusers.training_utils import EMAModel
 from huggingface_hub import save_torch_state_dict
-from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from peft import get_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -29,6 +29,14 @@ from tiue.distill.config import DistillConfig
 from tiue.distill.files import WRITE_ERRORS, cannot_write, sync_folder, sync_tree
 from tiue.distill.output import list_checkpoints
 from tiue.distill.settings import CONFIG, changed_fields, load_config, write_config
+from tiue.distill.sharding import (
+    is_sharded,
+    load_optimizers,
+    put,
+    save_optimizers,
+    whole,
+    whole_state,
+)
 from tiue.distill.step import Trained
 from tiue.errors import CheckpointError, TiUEError
 from tiue_kernels import configs
@@ -143,6 +151,8 @@ class Checkpoints:
         self.folder, self.config, self.accelerator = folder, config, accelerator
         self.student, self.lora, self.ema = student, lora, ema
         self.scheduler, self.state = scheduler, state
+        self._trained = {"student": student, "lora": lora}
+        self._sharded = is_sharded(student.network)
         accelerator.register_for_checkpointing(state)
         accelerator.register_save_state_pre_hook(self._write_models)
         accelerator.register_load_state_pre_hook(self._read_models)
@@ -236,13 +246,13 @@ class Checkpoints:
             folder: The folder; made if missing.
             averaged: Of the moving average's weights, where one is kept.
         """
-        network = self.student.network
-        # Written inside: what get_state_dict gives are the parameters, not copies of them.
+        network = self.accelerator.unwrap_model(self.student.network)
+        # Written inside: the state of a network that is not sharded is its parameters, no copies.
         with averaged_weights(self.student, self.ema if averaged else None):
-            state = self.accelerator.get_state_dict(network)
+            weights = whole_state(network, self._sharded)
             if self.accelerator.is_main_process:
-                weights = {name.removeprefix(_STUDENT_PREFIX): w for name, w in state.items()}
-                write_unet(self.accelerator.unwrap_model(network).unet, weights, folder)
+                weights = {name.removeprefix(_STUDENT_PREFIX): w for name, w in weights.items()}
+                write_unet(network.unet, weights, folder)
 
     def _unreadable(self, place: Path, error: Exception) -> CheckpointError:
         if self.state.changed:
@@ -262,9 +272,8 @@ class Checkpoints:
         self.write_student(folder / "unet", averaged=False)
         if self.ema is not None:
             self.write_student(folder / "unet_ema")
-        lora = get_peft_model_state_dict(
-            lora_unet, state_dict=self.accelerator.get_state_dict(self.lora.network)
-        )
+        lora = {n: whole(p) for n, p in lora_unet.named_parameters() if p.requires_grad}
+        lora = get_peft_model_state_dict(lora_unet, state_dict=lora)
         if self.accelerator.is_main_process:
             lora_unet.peft_config["default"].save_pretrained(folder / "lora")
             save_file(
@@ -272,26 +281,28 @@ class Checkpoints:
                 folder / "lora" / _LORA_FILE,
                 metadata={"format": "pt"},
             )
+        if self._sharded:
+            save_optimizers(self._trained, folder)
 
     def _read_models(self, models: list[Any], source: str) -> None:
         folder, unwrap = Path(source), self.accelerator.unwrap_model
         unet, lora_unet = unwrap(self.student.network).unet, unwrap(self.lora.network)
-        # Sharded models accelerate has read itself, and hands over none.
-        if models:
-            models.clear()
-            _set_weights(unet, _read_unet(folder / "unet"))
-            _read_lora(lora_unet, folder / "lora")
+        models.clear()  # else accelerate would look for its own files of them
+        _set_weights(unet, _read_unet(folder / "unet"))
+        _read_lora(lora_unet, folder / "lora")
+        if self._sharded:
+            load_optimizers(self._trained, folder)
         if self.ema is not None:
             average = _read_unet(folder / "unet_ema")
-            self.ema.store(self.student.parameters)
+            self.ema.store(self.student.local)
             _set_weights(unet, average)
-            self.ema.shadow_params = [p.detach().clone() for p in self.student.parameters]
-            self.ema.restore(self.student.parameters)
+            self.ema.shadow_params = [p.detach().clone() for p in self.student.local]
+            self.ema.restore(self.student.local)
 
     @torch.no_grad()
     def _require_finite_weights(self) -> None:
         for trained in (self.student, self.lora):
-            total = torch.stack([p.abs().max().float() for p in _local(trained.parameters)]).sum()
+            total = torch.stack([p.abs().max().float() for p in trained.local if p.numel()]).sum()
             # On all processes together, or some would wait for one that has stopped.
             if not self.accelerator.reduce(total, "sum").isfinite():
                 raise CheckpointError(
@@ -306,12 +317,12 @@ def averaged_weights(trained: Trained, ema: EMAModel | None) -> Iterator[None]:
     if ema is None:
         yield
         return
-    ema.store(trained.parameters)
-    ema.copy_to(trained.parameters)
+    ema.store(trained.local)
+    ema.copy_to(trained.local)
     try:
         yield
     finally:
-        ema.restore(trained.parameters)
+        ema.restore(trained.local)
 
 
 def write_unet(unet: UNet2DConditionModel, state: dict[str, Tensor], folder: Path) -> None:
@@ -364,12 +375,9 @@ def _set_weights(unet: UNet2DConditionModel, state: dict[str, Tensor]) -> None:
 def _read_lora(unet: UNet2DConditionModel, folder: Path) -> None:
     saved = load_file(folder / _LORA_FILE)
     weights = {name.removeprefix(_LORA_PREFIX): weight for name, weight in saved.items()}
-    if weights.keys() != get_peft_model_state_dict(unet).keys():
+    # PEFT keeps an adapter's name inside the parameters' names, and leaves it out of files.
+    own = {n.replace(".default", ""): p for n, p in unet.named_parameters() if p.requires_grad}
+    if weights.keys() != own.keys():
         raise KeyError("the LoRA is of another model")
-    set_peft_model_state_dict(unet, weights)
-
-
-def _local(parameters: list[Any]) -> list[Tensor]:
-    """What this process holds of parameters; a shard may be empty."""
-    shards = [p.to_local() if hasattr(p, "to_local") else p for p in parameters]
-    return [shard for shard in shards if shard.numel()]
+    for name, parameter in own.items():
+        put(parameter, weights[name])

@@ -133,11 +133,24 @@ def embed_text_command(
     shard_size: Annotated[int, typer.Option(min=1, help="Prompts a file.")] = 8192,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts at once.")] = 64,
     cpu: Annotated[bool, typer.Option(help="Use the CPU even where there is a GPU.")] = False,
+    int8: Annotated[
+        bool, typer.Option("--int8", help="Half the size, rounded to 255 steps: lossy.")
+    ] = False,
+    unpadded: Annotated[
+        bool,
+        typer.Option(
+            "--unpadded", help="Real tokens alone; the last one stands for the padding: lossy."
+        ),
+    ] = False,
 ) -> None:
     """Write the text embeddings of prompts once, in float16, for `tiue distill --embeddings`.
 
-    A run that was interrupted goes on where it was, with the same arguments.
+    Says what they take before it starts. A run that was interrupted goes on where it was, with the
+    same arguments. Several processes share the work: accelerate launch -m tiue embed-text ...
     """
     from tiue.distill.embeddings import embed_text
 
-    embed_text(teacher, prompts, output, prompt_column, shard_size, batch_size, cpu, report=say)
+    embed_text(
+        teacher, prompts, output, prompt_column, shard_size, batch_size, cpu, say, int8,
+        unpadded,
+    )  # fmt: skip

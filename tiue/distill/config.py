@@ -13,6 +13,7 @@ MixedPrecision = Literal["no", "fp16", "bf16"]
 OptimizerName = Literal["adam", "adamw", "adamw8bit"]
 RateSchedule = Literal["constant", "constant_with_warmup", "linear", "cosine"]
 Checkpointing = Literal["none", "encoder", "all"]
+Sharding = Literal["none", "full"]
 Tracker = Literal["tensorboard", "wandb", "trackio"]
 
 
@@ -144,6 +145,11 @@ class DistillConfig:
         Checkpointing,
         "Blocks of the student whose activations backward computes again: none, encoder, all.",
     ] = "none"
+    sharding: Annotated[
+        Sharding,
+        "'full' spreads both networks, gradients, optimisers and average over all processes "
+        "(FSDP2); FSDP in `accelerate config` asks for the same.",
+    ] = "none"
     recompute_feed_forward: Annotated[
         bool, "Backward runs the first product of every feed-forward again, for less memory."
     ] = False
@@ -216,6 +222,7 @@ class DistillConfig:
             "optimizer": get_args(OptimizerName),
             "lr_scheduler": get_args(RateSchedule),
             "gradient_checkpointing": get_args(Checkpointing),
+            "sharding": get_args(Sharding),
         }
         for name, values in choices.items():
             self._require(getattr(self, name) in values, name, f"one of {values}")

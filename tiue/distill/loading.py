@@ -4,26 +4,36 @@ import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import (
     AutoencoderKL,
     AutoencoderTiny,
     DDIMScheduler,
+    DiffusionPipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
 from huggingface_hub import snapshot_download
-from transformers import AutoTokenizer, CLIPModel, CLIPTextModel
+from transformers import (
+    AutoTokenizer,
+    CLIPModel,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+)
 
 from tiue.checkpoints import looks_local
 from tiue.distill.clip import ClipScorer
 from tiue.distill.files import sha256
-from tiue.distill.text import TextEncoder
+from tiue.distill.text import Encoder, TextEncoder, XLTextEncoder
 from tiue.embedded import EMBEDDED, weights_folder
 from tiue.errors import CheckpointError, InputError, TiUEError
 from tiue.unet import TiUEUNet
 from tiue.weights import load_models, load_whole
+
+_PIPELINES = {cls.__name__: cls for cls in (StableDiffusionPipeline, StableDiffusionXLPipeline)}
 
 
 @contextmanager
@@ -86,20 +96,23 @@ def teacher_digest(source: str) -> str:
     return hashlib.sha256("".join(map(sha256, files)).encode()).hexdigest()
 
 
-def load_text_encoder(source: str, device: torch.device) -> TextEncoder:
-    """Load a teacher's tokenizer and text encoder.
+def load_text_encoder(source: str, device: torch.device) -> Encoder:
+    """Load a teacher's tokenizers and text encoders: one of each, or SDXL's two.
 
     Args:
         source: Folder or hub id of a Stable Diffusion pipeline.
         device: Where the text encoder shall run.
 
     Returns:
-        Both, as one function of prompts.
+        All, as one function of prompts.
 
     Raises:
         CheckpointError: If one is missing, incomplete or a pickle.
     """
     source = resolve_teacher(source)
+    index = _read_index(source)
+    if "text_encoder_2" in index:
+        return XLTextEncoder(_load_xl_text(source, index, device))
     with _reading("tokenizer", source):
         tokenizer = AutoTokenizer.from_pretrained(source, subfolder="tokenizer")
     with _reading("text encoder", source):
@@ -107,6 +120,33 @@ def load_text_encoder(source: str, device: torch.device) -> TextEncoder:
             CLIPTextModel.from_pretrained, source, "text encoder", subfolder="text_encoder"
         )
     return TextEncoder(tokenizer, text_encoder.to(device))
+
+
+def _load_xl_text(
+    source: str, index: dict[str, Any], device: torch.device
+) -> StableDiffusionXLPipeline:
+    """The pipeline of SDXL's tokenizers and text encoders alone."""
+    parts: dict[str, Any] = {}
+    for name in ("tokenizer", "tokenizer_2"):
+        with _reading(name, source):
+            parts[name] = AutoTokenizer.from_pretrained(source, subfolder=name)
+    encoders = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
+    for name, kind in encoders.items():
+        with _reading(name, source):
+            encoder = load_whole(kind.from_pretrained, source, name, subfolder=name)
+            parts[name] = encoder.to(device).eval().requires_grad_(False)
+    return StableDiffusionXLPipeline(
+        vae=None, unet=None, scheduler=None, add_watermarker=False,
+        force_zeros_for_empty_prompt=index.get("force_zeros_for_empty_prompt", True), **parts,
+    )  # fmt: skip
+
+
+def _read_index(source: str) -> dict[str, Any]:
+    """A pipeline's model_index.json, or nothing where there is none."""
+    try:
+        return StableDiffusionPipeline.load_config(source)
+    except (OSError, ValueError):
+        return {}
 
 
 def load_vae(source: str, device: torch.device) -> AutoencoderKL | AutoencoderTiny | None:
@@ -133,6 +173,16 @@ def load_vae(source: str, device: torch.device) -> AutoencoderKL | AutoencoderTi
     with _reading("VAE", source):
         vae = load_whole(classes[kind].from_pretrained, source, "VAE", subfolder="vae")
     return vae.to(device).eval().requires_grad_(False)
+
+
+def pixels_a_latent(source: str) -> int:
+    """How many pixels a latent of a teacher's VAE has each way; 8 where it has none."""
+    try:
+        config = AutoencoderKL.load_config(resolve_teacher(source), subfolder="vae")
+    except (OSError, ValueError):
+        return 8
+    widths = config.get("block_out_channels") or config.get("encoder_block_out_channels")
+    return 2 ** (len(widths) - 1) if widths else 8
 
 
 def load_clip_scorer(model: str, vae: str, device: torch.device) -> ClipScorer:
@@ -192,7 +242,7 @@ def load_student_scheduler(
 
 def load_pipeline_around(
     source: str, unet: UNet2DConditionModel, scheduler: DDIMScheduler
-) -> StableDiffusionPipeline | None:
+) -> DiffusionPipeline | None:
     """Put a student into the pipeline that its teacher came from.
 
     Args:
@@ -207,14 +257,12 @@ def load_pipeline_around(
         CheckpointError: If a part that it lists cannot be loaded.
     """
     source = resolve_teacher(source)
-    try:
-        index = StableDiffusionPipeline.load_config(source)
-    except (OSError, ValueError):
-        return None
+    index = _read_index(source)
     if index.get("vae", [None])[0] is None:
         return None
     components = {"unet": unet, "scheduler": scheduler}
     with _reading("pipeline", source):
         if Path(source).is_dir():
             components |= load_models(Path(source), index, components)
-        return StableDiffusionPipeline.from_pretrained(source, use_safetensors=True, **components)
+        kind = _PIPELINES.get(index["_class_name"], StableDiffusionPipeline)
+        return kind.from_pretrained(source, use_safetensors=True, **components)

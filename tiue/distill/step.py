@@ -1,6 +1,7 @@
 """One student update and the LoRA updates that follow it (arXiv 2505.21960)."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +9,8 @@ import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from tiue.distill import losses
 from tiue.distill.clip import ClipScorer
@@ -15,6 +18,7 @@ from tiue.distill.config import DistillConfig
 from tiue.distill.data import SampleDraws
 from tiue.distill.guards import Guard
 from tiue.distill.teacher import Teacher, drop_prompts
+from tiue.distill.text import Text
 from tiue.schedule import OnePassSchedule
 from tiue.unet import TiUEUNet
 
@@ -31,11 +35,11 @@ class Student(nn.Module):
         super().__init__()
         self.unet, self.schedule = unet, schedule
 
-    def forward(self, latents: Tensor, prompt_embeds: Tensor) -> Tensor:
-        """Predict the noise [K, B, C, H, W] of latents [B, C, H, W] and embeddings [B, L, D]."""
+    def forward(self, latents: Tensor, text: Text) -> Tensor:
+        """Predict the noise [K, B, C, H, W] of latents [B, C, H, W] and their prompts."""
         scaled = self.schedule.scale_model_input(latents)
         timesteps = self.schedule.timesteps.to(latents.device)
-        return self.unet.predict_noise(scaled, timesteps, prompt_embeds)
+        return self.unet.predict_noise(scaled, timesteps, text.tokens, **text.conditions())
 
 
 @dataclass
@@ -55,6 +59,14 @@ class Trained:
     rates: torch.optim.lr_scheduler.LRScheduler
 
     @property
+    def local(self) -> list[Any]:
+        """What this process holds of the parameters, as plain tensors in the same memory."""
+        return [
+            p.to_local().detach().requires_grad_() if isinstance(p, DTensor) else p
+            for p in self.parameters
+        ]
+
+    @property
     def schedule(self) -> Any:
         """The `LambdaLR` under accelerate's wrapper."""
         return getattr(self.rates, "scheduler", self.rates)
@@ -66,12 +78,12 @@ class MicroBatch:
 
     Attributes:
         prompts: Their prompts.
-        prompt_embeds: [B, L, D].
+        text: What the UNets are told of them.
         draws: Their random numbers.
     """
 
     prompts: list[str]
-    prompt_embeds: Tensor
+    text: Text
     draws: SampleDraws
 
 
@@ -104,7 +116,7 @@ class DistillStep:
         teacher: Frozen and LoRA teacher.
         schedule: The student's K timesteps.
         latent_shape: C, H, W of a sample.
-        empty_embeds: Embedding of the empty prompt, [1, L, D].
+        empty: The empty prompt, one row.
         guard: Sees figures before an update is applied.
         ema: The student's moving average, if one is kept.
         clip: Looks at pictures for the CLIP loss, if it is on.
@@ -119,14 +131,14 @@ class DistillStep:
         teacher: Teacher,
         schedule: OnePassSchedule,
         latent_shape: tuple[int, int, int],
-        empty_embeds: Tensor,
+        empty: Text,
         guard: Guard,
         ema: EMAModel | None = None,
         clip: ClipScorer | None = None,
     ) -> None:
         self.config, self.accelerator, self.guard = config, accelerator, guard
         self.student, self.lora, self.teacher = student, lora, teacher
-        self.schedule, self.latent_shape, self.empty_embeds = schedule, latent_shape, empty_embeds
+        self.schedule, self.latent_shape, self.empty = schedule, latent_shape, empty
         self.ema, self.clip = ema, clip
         # A sum over all maps of an update, as a mean over its parts.
         parts = config.gradient_accumulation_steps * accelerator.num_processes
@@ -148,7 +160,7 @@ class DistillStep:
         """
         parts, timesteps, fixed = [], [], []
         for batch in batches:
-            with self.accelerator.accumulate(self.student.network):
+            with self._accumulated(self.student):
                 loss, images, told, drawn = self._student_loss(batch, step)
                 self.accelerator.backward(loss)
             parts.append(told)
@@ -159,14 +171,14 @@ class DistillStep:
         means = torch.stack([told[: len(names)] for told in parts]).mean(0)
         figures = self._apply(self.student, dict(zip(names, means, strict=True)), "grad_norm", step)
         if self.ema is not None:
-            self.ema.step(self.student.parameters)
+            self.ema.step(self.student.local)
         if self.clip is None:
             del figures["clip"]
 
         for _ in range(self.config.lora_updates):
             lora_losses = []
             for batch, images in zip(batches, fixed, strict=True):
-                with self.accelerator.accumulate(self.lora.network):
+                with self._accumulated(self.lora):
                     loss = self._lora_loss(batch, images)
                     self.accelerator.backward(loss)
                 lora_losses.append(loss.detach())
@@ -174,16 +186,24 @@ class DistillStep:
             figures |= self._apply(self.lora, {"lora": mean}, "lora_grad_norm", step)
         return StepResult(figures, torch.cat(timesteps).tolist(), rms.tolist())
 
+    @contextmanager
+    def _accumulated(self, trained: Trained) -> Iterator[None]:
+        """One micro-batch; the last one's backward adds up the gradients of all processes."""
+        with self.accelerator.accumulate(trained.network):
+            if isinstance(trained.network, FSDPModule):
+                trained.network.set_requires_gradient_sync(self.accelerator.sync_gradients)
+            yield
+
     def _student_loss(self, batch: MicroBatch, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The student's loss, its images, [4 + B] figures and the timesteps [B] of a batch."""
         config, draws = self.config, batch.draws
         latents = draws.normal(self.latent_shape) * self.schedule.init_noise_sigma
-        noise_pred = self.student.network(latents, batch.prompt_embeds)
+        noise_pred = self.student.network(latents, batch.text)
         images = self.schedule.combine(latents, noise_pred)  # latents of images: [B, C, H, W]
         fixed = images.detach()
         timesteps = draws.integers(config.min_timestep, config.max_timestep)
         gradient = self._score_gradient(
-            fixed, draws.normal(self.latent_shape), timesteps, batch.prompt_embeds
+            fixed, draws.normal(self.latent_shape), timesteps, batch.text
         )
         vsd = losses.vsd_loss(images, gradient)
         kl = losses.kl_loss(noise_pred, config.kl_weight * self._kl_scale, config.kl_reduction)
@@ -199,14 +219,12 @@ class DistillStep:
         return vsd + kl + clip, fixed, figures, timesteps
 
     def _score_gradient(
-        self, images: Tensor, noise: Tensor, timesteps: Tensor, prompt_embeds: Tensor
+        self, images: Tensor, noise: Tensor, timesteps: Tensor, text: Text
     ) -> Tensor:
         schedule = self.teacher.noise_schedule
         noisy = schedule.add_noise(images, noise, timesteps)
         frozen, lora = (
-            self.teacher.guided_noise(
-                noisy, timesteps, prompt_embeds, self.empty_embeds, scale, lora
-            )
+            self.teacher.guided_noise(noisy, timesteps, text, self.empty, scale, lora)
             for scale, lora in (
                 (self.config.guidance_scale, False),
                 (self.config.lora_guidance_scale, True),
@@ -220,10 +238,10 @@ class DistillStep:
         timesteps = draws.integers(0, len(schedule) - 1)
         noise = draws.normal(self.latent_shape)
         dropped = draws.chances(self.config.prompt_drop)
-        embeds = drop_prompts(batch.prompt_embeds, self.empty_embeds, dropped)
+        text = drop_prompts(batch.text, self.empty, dropped)
         noisy = schedule.add_noise(images, noise, timesteps)
         alpha, _ = schedule.at(timesteps)
-        return losses.lora_loss(self.teacher.lora_noise(noisy, timesteps, embeds), noise, alpha)
+        return losses.lora_loss(self.teacher.lora_noise(noisy, timesteps, text), noise, alpha)
 
     def _apply(
         self, trained: Trained, tensors: dict[str, Tensor], norm_name: str, step: int

@@ -6,6 +6,7 @@ from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
 from torch import Tensor, nn
 
+from tiue.distill.text import Text
 from tiue.errors import ArchitectureError, SchedulerError
 
 
@@ -92,14 +93,13 @@ class Teacher:
         lora_rank: int = 64,
         lora_alpha: float = 108.0,
     ) -> None:
-        # "text" pools the prompt itself; every other kind wants a condition besides it.
-        if unet.config.addition_embed_type not in (None, "text") or unet.config.class_embed_type:
+        added = unet.config.addition_embed_type
+        if added not in (None, "text", "text_time") or unet.config.class_embed_type:
             raise ArchitectureError(
-                "This teacher's UNet takes conditions besides the prompt (SDXL's size embedding, "
-                "class labels); only UNets of the Stable Diffusion 1 and 2 kind can be distilled."
+                "This teacher's UNet takes conditions besides the prompt and SDXL's sizes (class "
+                "labels, pictures); UNets of Stable Diffusion 1, 2 and XL can be distilled."
             )
         self.unet = unet.requires_grad_(False).eval()
-        # Text goes in as the weights are: a CPU's autocast leaves the norm of pooled text alone.
         self._dtype = unet.conv_in.weight.dtype
         self.noise_schedule = noise_schedule
         unet.add_adapter(
@@ -120,8 +120,8 @@ class Teacher:
         self,
         noisy: Tensor,
         timesteps: Tensor,
-        prompt_embeds: Tensor,
-        empty_embeds: Tensor,
+        text: Text,
+        empty: Text,
         guidance_scale: float,
         lora: bool,
     ) -> Tensor:
@@ -132,48 +132,59 @@ class Teacher:
         Args:
             noisy: x_t, [B, C, H, W].
             timesteps: t, [B].
-            prompt_embeds: The condition c, [B, L, D].
-            empty_embeds: Embedding of the empty prompt, [1, L, D].
+            text: The condition c, B rows.
+            empty: The empty prompt, one row.
             guidance_scale: w; 1 runs the conditional half alone.
             lora: Ask the LoRA teacher instead of the frozen one.
 
         Returns:
             The guided noise, [B, C, H, W] float32, without a graph.
         """
-        prompt_embeds, empty_embeds = prompt_embeds.to(self._dtype), empty_embeds.to(self._dtype)
-        if lora:
-            self.unet.enable_adapters()
-        else:
-            self.unet.disable_adapters()
+        self._switch(lora)
         if guidance_scale == 1:
-            output = self.unet(noisy, timesteps, prompt_embeds, return_dict=False)[0]
+            output = self._call(self.unet, noisy, timesteps, text)
         else:
-            embeds = torch.cat([empty_embeds.expand_as(prompt_embeds), prompt_embeds])
-            output = self.unet(
-                noisy.repeat(2, 1, 1, 1), timesteps.repeat(2), embeds, return_dict=False
-            )[0]
-            empty, conditional = output.float().chunk(2)
-            output = empty + guidance_scale * (conditional - empty)
+            both = text.pair(empty, lambda own, none: torch.cat([none.expand_as(own), own]))
+            output = self._call(self.unet, noisy.repeat(2, 1, 1, 1), timesteps.repeat(2), both)
+            empty_half, conditional = output.float().chunk(2)
+            output = empty_half + guidance_scale * (conditional - empty_half)
         # Guiding v and then converting it is the same as the reverse: both are affine in v.
         return self.noise_schedule.to_noise(output, noisy, timesteps)
 
-    def lora_noise(self, noisy: Tensor, timesteps: Tensor, prompt_embeds: Tensor) -> Tensor:
+    def lora_noise(self, noisy: Tensor, timesteps: Tensor, text: Text) -> Tensor:
         """Predict noise with the LoRA teacher for its training, unguided and with a graph.
 
         Args:
             noisy: x_t, [B, C, H, W].
             timesteps: t, [B].
-            prompt_embeds: The condition, [B, L, D].
+            text: The condition, B rows.
 
         Returns:
             The noise, [B, C, H, W] float32.
         """
-        self.unet.enable_adapters()
-        embeds = prompt_embeds.to(self._dtype)
-        output = self.trained(noisy, timesteps, embeds, return_dict=False)[0]
+        self._switch(True)
+        output = self._call(self.trained, noisy, timesteps, text)
         return self.noise_schedule.to_noise(output, noisy, timesteps)
 
+    def _call(self, unet: nn.Module, noisy: Tensor, timesteps: Tensor, text: Text) -> Tensor:
+        # Text as the weights are: a CPU's autocast leaves the norm of pooled text alone.
+        text = text.map(lambda tensor: tensor.to(self._dtype))
+        return unet(noisy, timesteps, text.tokens, **text.conditions(), return_dict=False)[0]
 
-def drop_prompts(prompt_embeds: Tensor, empty_embeds: Tensor, dropped: Tensor) -> Tensor:
-    """Put the empty prompt [1, L, D] in place of embeddings [B, L, D] where `dropped` [B] holds."""
-    return torch.where(dropped.view(-1, 1, 1), empty_embeds, prompt_embeds)
+    def _switch(self, lora: bool) -> None:
+        """Switch the adapter on or off."""
+        if lora:
+            self.unet.enable_adapters()
+            return
+        self.unet.disable_adapters()
+        # PEFT freezes what it switches off, and FSDP2 never trains what is frozen when it starts.
+        for parameter in self.lora_parameters:
+            parameter.requires_grad_(True)
+
+
+def drop_prompts(text: Text, empty: Text, dropped: Tensor) -> Text:
+    """Put the empty prompt (one row) in the place of the rows where `dropped` [B] holds."""
+    return text.pair(
+        empty,
+        lambda own, none: torch.where(dropped.view(-1, *[1] * (own.ndim - 1)), none, own),
+    )

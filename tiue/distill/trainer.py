@@ -1,43 +1,44 @@
 """A distillation run: builds its parts, steps, keeps checkpoints and shows what happens."""
 
 import logging
-import os
 import signal
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, DistributedType
-from accelerate.utils import (
-    GradientAccumulationPlugin,
-    ProjectConfiguration,
-    broadcast_object_list,
-)
+from accelerate.utils import broadcast_object_list
 from diffusers import UNet2DConditionModel
 from diffusers.training_utils import EMAModel
-from torch import Tensor, nn
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from tiue.distill import loading
 from tiue.distill.checkpoint import Checkpoints, RunState, averaged_weights
 from tiue.distill.config import DistillConfig
 from tiue.distill.data import PromptOrder, SampleDraws
-from tiue.distill.embeddings import StoredPrompts
 from tiue.distill.files import append_line, whole_folder, write_file
 from tiue.distill.guards import Guard, Signals
 from tiue.distill.losses import timestep_weights
-from tiue.distill.monitor import HISTORY, Monitor, check_trackers, describe
+from tiue.distill.monitor import HISTORY, Monitor, describe
 from tiue.distill.optimizers import build_optimizer, build_rate_schedule
 from tiue.distill.output import claim_output, clear_leftovers, find_checkpoint
-from tiue.distill.prompts import prompts_digest, read_prompts
+from tiue.distill.parts import (
+    find_latent_shape,
+    load_student,
+    load_text,
+    load_validation,
+    start_accelerator,
+)
+from tiue.distill.prompts import prompts_digest
 from tiue.distill.settings import CONFIG, write_config
+from tiue.distill.sharding import accelerate_asks_for_it, shard
 from tiue.distill.step import DistillStep, MicroBatch, Student, Trained
 from tiue.distill.teacher import NoiseSchedule, Teacher
-from tiue.distill.text import EncodedPrompts, TextEncoder, TextSource
-from tiue.distill.validation import Validation
-from tiue.errors import CheckpointError, InputError
+from tiue.errors import InputError
 from tiue.schedule import OnePassSchedule
 from tiue.unet import TiUEUNet
 
@@ -74,8 +75,10 @@ class Trainer:
         on_sample: SampleHook | None = None,
         report: Report = logger.info,
     ) -> None:
+        if accelerate_asks_for_it():
+            config = replace(config, sharding="full")
         self.config, self.on_sample, self.report = config, on_sample, report
-        self.accelerator = self._start_accelerator()
+        self.accelerator = start_accelerator(config)
         self.stopped_by = 0
         self._lock = claim_output(config.output) if self.accelerator.is_main_process else None
         try:
@@ -90,7 +93,7 @@ class Trainer:
         resume_from = find_checkpoint(config.output, config.resume or not main)
         if main:
             clear_leftovers(config.output)
-        text, shown = self._load_text()
+        text, shown = load_text(config, self.accelerator, self._tell)
         self.text, self.order = text, PromptOrder(len(text.prompts), config.seed)
         self.accelerator.wait_for_everyone()
 
@@ -106,24 +109,29 @@ class Trainer:
         self.teacher = Teacher(
             teacher_unet.to(device), noise_schedule, config.lora_rank, config.lora_alpha
         )
-        self.unet = self._load_student()
-        self.student = self._prepare(
-            Student(self.unet, self.schedule), list(self.unet.parameters()), config.learning_rate
-        )
+        self.unet = load_student(config, teacher_unet)
+        # The student takes its up blocks apart, so they are never called: one piece.
+        self.student = self._prepare(Student(self.unet, self.schedule), [], config.learning_rate)
+        blocks = [*teacher_unet.down_blocks, teacher_unet.mid_block, *teacher_unet.up_blocks]
         self.lora = self._prepare(
-            teacher_unet, self.teacher.lora_parameters, config.lora_learning_rate,
-            config.lora_updates,
+            teacher_unet, blocks, config.lora_learning_rate, config.lora_updates
+        )
+        self.teacher.trained, self.teacher.lora_parameters = (
+            self.lora.network, self.lora.parameters,
         )  # fmt: skip
-        self.teacher.trained = self.lora.network
         self.ema = None
         if config.ema_decay > 0:
-            self.ema = EMAModel(self.student.parameters, decay=config.ema_decay, foreach=True)
+            self.ema = EMAModel(self.student.local, decay=config.ema_decay, foreach=True)
         clip = None
         if config.clip_weight or config.clip_weight_end:
             clip = loading.load_clip_scorer(config.clip_model, config.clip_vae, device)
 
-        self.latent_shape = self._latent_shape()
-        self.validation = self._validation(shown)
+        self.latent_shape = find_latent_shape(config, self.unet)
+        pixels = [loading.pixels_a_latent(config.teacher) * side for side in self.latent_shape[1:]]
+        self.size = (*pixels, 0, 0, *pixels)
+        if shown is not None:
+            shown = (shown[0], shown[1]._replace(size=self.size))
+        self.validation = load_validation(config, self.accelerator, shown, self.latent_shape)
         self.guard = Guard(config.divergence_factor, config.mixed_precision == "fp16")
         self.train_step = DistillStep(
             config, self.accelerator, self.student, self.lora, self.teacher, self.schedule,
@@ -231,7 +239,7 @@ class Trainer:
             batches.append(
                 MicroBatch(
                     prompts=[self.text.prompts[i] for i in indices.tolist()],
-                    prompt_embeds=self.text[indices],
+                    text=self.text[indices]._replace(size=self.size),
                     draws=SampleDraws(config.seed, samples, accelerator.device),
                 )
             )
@@ -261,9 +269,15 @@ class Trainer:
             # Every process runs the student: it may be sharded.
             images = self.validation.draw(self.student.network, self.schedule)
             monitor.pictures(self.step, images, self.validation.prompts)
-        if self.on_sample is not None and self.accelerator.is_main_process:
-            with torch.no_grad():
-                self.on_sample(self.unet, self.schedule, self.step)
+        network = self.student.network
+        if self.on_sample is not None:
+            if isinstance(network, FSDPModule):
+                network.unshard()  # on all processes, for the one that looks
+            if self.accelerator.is_main_process:
+                with torch.no_grad():
+                    self.on_sample(self.unet, self.schedule, self.step)
+            if isinstance(network, FSDPModule):
+                network.reshard()
         self.unet.train()
 
     def _save(self) -> int:
@@ -326,113 +340,25 @@ class Trainer:
         if self.accelerator.is_main_process:
             self.report(text)
 
-    def _start_accelerator(self) -> Accelerator:
-        config = self.config
-        check_trackers(config.trackers)
-        if config.deterministic:
-            # cuBLAS reads it at its first call.
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-            torch.use_deterministic_algorithms(True)
-        accelerator = Accelerator(
-            mixed_precision=config.mixed_precision,
-            cpu=config.cpu,
-            gradient_accumulation_plugin=GradientAccumulationPlugin(
-                num_steps=config.gradient_accumulation_steps,
-                adjust_scheduler=False,
-                sync_with_dataloader=False,
-            ),
-            log_with=list(config.trackers) or None,
-            project_config=ProjectConfiguration(str(config.output), str(config.output / "logs")),
-            step_scheduler_with_optimizer=False,
-        )
-        world = int(os.environ.get("WORLD_SIZE", "1"))
-        if world > 1 and accelerator.num_processes == 1:
-            raise InputError(
-                f"{world} processes were started, and each would train alone: accelerate finds no "
-                "GPU that they could share. Give --cpu (cpu: true) to train on CPUs, or start one."
-            )
-        if accelerator.distributed_type == DistributedType.DEEPSPEED:
-            raise InputError(
-                "DeepSpeed wraps one network, and student and LoRA teacher are two: choose FSDP2 "
-                "(fsdp_version: 2) or plain data parallelism in `accelerate config`."
-            )
-        return accelerator
-
-    def _load_text(self) -> tuple[TextSource, tuple[list[str], Tensor] | None]:
-        """The prompts' embeddings, and the validation prompts with theirs where pictures are due.
-
-        A text encoder that all is made of beforehand is let go of here.
-        """
-        config, device = self.config, self.accelerator.device
-        encoder: TextEncoder | None = None
-        text: TextSource
-        if config.embeddings is not None:
-            verify = config.verify_embeddings and self.accelerator.is_local_main_process
-            text = StoredPrompts(config.embeddings, device, verify)
-        else:
-            assert config.prompts is not None
-            prompts = read_prompts(config.prompts, config.prompt_column, self._tell)
-            encoder = loading.load_text_encoder(config.teacher, device)
-            text = EncodedPrompts(prompts, encoder, config.embedding_cache_mib << 20)
-        if not config.sample_every:
-            return text, None
-        shown = list(config.validation_prompts) or text.prompts[:4]
-        if set(shown) <= set(text.prompts):
-            return text, (shown, text[torch.tensor([text.prompts.index(p) for p in shown])])
-        encoder = encoder or loading.load_text_encoder(config.teacher, device)
-        return text, (shown, encoder(shown))
-
-    def _validation(self, shown: tuple[list[str], Tensor] | None) -> Validation | None:
-        if shown is None:
-            return None
-        vae = loading.load_vae(self.config.teacher, self.accelerator.device)
-        if vae is None:
-            logger.warning("The teacher '%s' has no VAE: no pictures.", self.config.teacher)
-            return None
-        main = self.accelerator.is_main_process
-        return Validation(*shown, self.latent_shape, vae if main else None, self.config.seed)
-
-    def _load_student(self) -> TiUEUNet:
-        config = self.config
-        unet = loading.load_unet(config.student or config.teacher).train()
-        for name in ("in_channels", "out_channels", "cross_attention_dim"):
-            own, taught = unet.config[name], self.teacher.unet.config[name]
-            if own != taught:
-                raise CheckpointError(
-                    f"The student's {name} is {own} and the teacher's {taught}: they must share "
-                    "latents and text encoder. Start from a UNet of the teacher's kind."
-                )
-        unet.recompute_feed_forward = config.recompute_feed_forward
-        if config.gradient_checkpointing != "none":
-            unet.enable_gradient_checkpointing()
-        if config.gradient_checkpointing == "encoder":
-            for module in unet.up_blocks.modules():
-                if hasattr(module, "gradient_checkpointing"):
-                    module.gradient_checkpointing = False
-        return unet
-
     def _prepare(
         self,
         network: nn.Module,
-        parameters: list[nn.Parameter],
+        blocks: list[nn.Module],
         learning_rate: float,
         updates_per_step: int = 1,
     ) -> Trained:
-        """Give a network its optimiser, and both to accelerate; one network a call, for FSDP2."""
+        """Spread a network over the processes, and give it its optimiser."""
+        accelerator, sharded = self.accelerator, self.config.sharding == "full"
+        if sharded:
+            network = shard(network.to(accelerator.device), blocks, accelerator)
+        parameters = [p for p in network.parameters() if p.requires_grad]
         optimizer = build_optimizer(self.config, parameters, learning_rate)
         rates = build_rate_schedule(self.config, optimizer, updates_per_step)
-        network, optimizer, rates = self.accelerator.prepare(network, optimizer, rates)
-        # Sharding puts others in the place of the parameters that were given.
-        trained = [p for p in network.parameters() if p.requires_grad]
-        return Trained(network, trained, optimizer, rates)
-
-    def _latent_shape(self) -> tuple[int, int, int]:
-        config, size = self.config, self.unet.config.sample_size
-        height, width = size if isinstance(size, tuple | list) else (size, size)
-        height, width = config.height or height, config.width or width
-        if height is None or width is None:
-            raise InputError("This UNet names no sample size; set height and width.")
-        return (self.unet.config.in_channels, height, width)
+        if sharded:
+            accelerator.register_for_checkpointing(rates)
+        else:
+            network, optimizer, rates = accelerator.prepare(network, optimizer, rates)
+        return Trained(network, parameters, optimizer, rates)
 
     def _check_timesteps(self, noise_schedule: NoiseSchedule) -> None:
         config = self.config

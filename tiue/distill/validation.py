@@ -1,12 +1,15 @@
 """Pictures on the way: the same prompts and noise at every look."""
 
+from operator import itemgetter
+
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
-from torch import Tensor, nn
+from torch import nn
 
 from tiue.distill.data import SampleDraws
+from tiue.distill.text import Text
 from tiue.schedule import OnePassSchedule
 
 
@@ -15,7 +18,7 @@ class Validation:
 
     Args:
         prompts: The prompts.
-        prompt_embeds: Their embeddings, [N, L, D].
+        text: What the UNet is told of them.
         latent_shape: C, H, W of a sample.
         vae: Decodes the student's latents; None where this process shows nothing.
         seed: Seed of the noise.
@@ -24,13 +27,13 @@ class Validation:
     def __init__(
         self,
         prompts: list[str],
-        prompt_embeds: Tensor,
+        text: Text,
         latent_shape: tuple[int, int, int],
         vae: AutoencoderKL | AutoencoderTiny | None,
         seed: int,
     ) -> None:
-        self.prompts, self._vae, self._prompt_embeds = prompts, vae, prompt_embeds
-        draws = SampleDraws(seed, range(len(prompts)), prompt_embeds.device)
+        self.prompts, self._vae, self._text = prompts, vae, text
+        draws = SampleDraws(seed, range(len(prompts)), text.tokens.device)
         self._noise = draws.normal(latent_shape)
 
     @torch.no_grad()
@@ -47,8 +50,8 @@ class Validation:
         latents = self._noise * schedule.init_noise_sigma
         images = []
         for row in range(len(self.prompts)):  # one by one: no more memory than a training step
-            z, text = latents[row : row + 1], self._prompt_embeds[row : row + 1]
-            x = schedule.combine(z, student(z, text))
+            z, place = latents[row : row + 1], slice(row, row + 1)
+            x = schedule.combine(z, student(z, self._text.map(itemgetter(place))))
             if self._vae is not None:
                 shift = self._vae.config.get("shift_factor") or 0.0
                 x = self._vae.decode(x.float() / self._vae.config.scaling_factor + shift).sample

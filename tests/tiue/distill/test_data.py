@@ -56,9 +56,9 @@ def test_cached_embeddings_equal_those_made_when_asked_for(embeddings):
     assert cached.cached
     assert not live.cached
     indices = torch.tensor([69, 0, 3])
-    assert cached[indices].shape == (3, TEXT_LENGTH, TEXT_DIM)
-    torch.testing.assert_close(cached[indices], live[indices])
-    assert not torch.allclose(cached[indices][0], cached[indices][1])
+    assert cached[indices].tokens.shape == (3, TEXT_LENGTH, TEXT_DIM)
+    torch.testing.assert_close(cached[indices].tokens, live[indices].tokens)
+    assert not torch.allclose(*cached[indices].tokens[:2])
 
 
 def test_cache_is_made_only_where_it_fits(embeddings):
@@ -73,8 +73,8 @@ def test_embeddings_are_what_the_pipeline_gives(embeddings):
     pipe = tiny_pipeline()
     made = EncodedPrompts(["a house"], TextEncoder(pipe.tokenizer, pipe.text_encoder), 0)
     expected, empty = pipe.encode_prompt("a house", "cpu", 1, True)
-    torch.testing.assert_close(made[torch.tensor([0])], expected)
-    torch.testing.assert_close(made.empty, empty)
+    torch.testing.assert_close(made[torch.tensor([0])].tokens, expected)
+    torch.testing.assert_close(made.empty.tokens, empty)
 
 
 def test_a_prompt_that_is_too_long_is_named(caplog):

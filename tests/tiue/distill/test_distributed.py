@@ -1,5 +1,6 @@
 """Two processes on the CPU (gloo), as torchrun starts them, against one."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -10,30 +11,37 @@ import torch
 from safetensors.torch import load_file
 
 from tests.tiue.distill.worker import run
+from tiue.distill.embeddings import StoredPrompts, embed_text
 from tiue.distill.output import list_checkpoints
+from tiue.distill.processes import require_shared_work
 from tiue.distill.settings import write_config
+from tiue.distill.trainer import Trainer
+from tiue.errors import InputError
 
 ROOT = Path(__file__).parents[3]
-FSDP2 = {
-    "ACCELERATE_USE_FSDP": "true",
-    "FSDP_VERSION": "2",
-    "FSDP_AUTO_WRAP_POLICY": "NO_WRAP",
-    "FSDP_RESHARD_AFTER_FORWARD": "true",
-    "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
-}
 
 
-def launch(config, folder, **environment) -> list[dict[str, torch.Tensor]]:
-    """What each of two processes tells."""
-    write_config(config, folder / "settings.yaml")
+def launch(folder, *configs) -> list[list[dict[str, torch.Tensor]]]:
+    """What each of two processes tells of each run."""
+    paths = [str(folder / f"settings-{number}.yaml") for number in range(len(configs))]
+    for path, config in zip(paths, configs, strict=True):
+        write_config(config, Path(path))
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-        "-m", "tests.tiue.distill.worker", str(folder / "settings.yaml"), str(folder),
+        "-m", "tests.tiue.distill.worker", str(folder), *paths,
     ]  # fmt: skip
-    variables = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | environment
+    variables = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=variables)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return [load_file(folder / f"rank-{rank}.safetensors") for rank in (0, 1)]
+    assert done.returncode == 0, done.stderr[-6000:]
+    return [
+        [load_file(folder / f"run-{number}-rank-{rank}.safetensors") for rank in (0, 1)]
+        for number in range(len(configs))
+    ]
+
+
+def assert_same_on_both(first, second):
+    assert first.keys() == second.keys()
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
 
 
 def assert_gradients_near(actual, expected):
@@ -48,31 +56,34 @@ def assert_gradients_near(actual, expected):
 
 
 # No clipping, or a wrong scale would not show.
-SETTINGS = {"steps": 2, "max_grad_norm": 1e6, "kl_weight": 0.1, "lora_updates": 2, "log_every": 1}
+SETTINGS = {"steps": 2, "max_grad_norm": 1e6, "kl_weight": 0.1, "lora_updates": 2, "log_every": 1,
+            "learning_rate": 1e-5}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def alone(make_config):
-    return run(make_config(batch_size=4, **SETTINGS))
+    return run(make_config(batch_size=4, **SETTINGS | {"steps": 4}))
 
 
 def test_two_processes_of_half_the_batch_are_one_process(make_config, alone, tmp_path):
     config = make_config(batch_size=2, **SETTINGS)
-    first, second = launch(config, tmp_path)
+    # What two processes wrote, two go on from.
+    resumed = dataclasses.replace(config, steps=3, resume=True)
+    (first, second), again = launch(tmp_path, config, resumed)
     assert_gradients_near(first, alone)
-    assert first.keys() == second.keys() == alone.keys()
-    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+    assert_same_on_both(first, second)
+    assert_same_on_both(*again)
     newest = list_checkpoints(config.output / "checkpoints")[-1]
     states = sorted(path.name for path in newest.glob("random_states_*.pkl"))
     assert states == ["random_states_0.pkl", "random_states_1.pkl"]
-    # What two processes wrote, two go on from.
-    resumed = make_config(
-        batch_size=2, **SETTINGS | {"steps": 3}, output=config.output, resume=True
-    )
-    again = launch(resumed, tmp_path)
-    assert torch.equal(again[0]["student weight unet.conv_in.weight"],
-                       again[1]["student weight unet.conv_in.weight"])  # fmt: skip
     assert len((config.output / "log.jsonl").read_text().splitlines()) == 3
+    # The embeddings that both wrote together are those of one.
+    together = StoredPrompts(tmp_path / "text", torch.device("cpu"))
+    apart = embed_text(config.teacher, config.prompts, tmp_path / "own", shard_size=2, cpu=True)
+    assert together.prompts == StoredPrompts(apart, torch.device("cpu")).prompts
+    for name in ("embeddings-00000", "embeddings-00001", "embeddings-00002", "empty"):
+        files = [load_file(folder / f"{name}.safetensors") for folder in (tmp_path / "text", apart)]
+        assert torch.equal(files[0]["prompt_embeds"], files[1]["prompt_embeds"]), name
 
 
 @pytest.mark.parametrize("kl_reduction", ["sum", "mean"])
@@ -84,13 +95,44 @@ def test_two_micro_batches_are_one_batch(make_config, kl_reduction):
 
 
 def test_sharded_processes_are_one_process(make_config, alone, tmp_path):
-    """FSDP2, chosen as `accelerate launch` does: by its environment."""
-    config = make_config(batch_size=2, **SETTINGS)
-    first, second = launch(config, tmp_path, **FSDP2)
-    assert_gradients_near(first, alone)
-    assert [name for name in first if not torch.equal(first[name], second[name])] == []
-    resumed = make_config(
-        batch_size=2, **SETTINGS | {"steps": 3}, output=config.output, resume=True
-    )
-    launch(resumed, tmp_path, **FSDP2)
-    assert len((config.output / "log.jsonl").read_text().splitlines()) == 3
+    """FSDP2: every parameter a DTensor; saved, looked at and gone on from like any other run."""
+    own = {"sharding": "full", "sample_every": 2, "validation_prompts": ("sun",)}
+    config = make_config(batch_size=2, **SETTINGS | own)
+    resumed = dataclasses.replace(config, steps=4, resume=True)
+    half = make_config(
+        batch_size=1, gradient_accumulation_steps=2, mixed_precision="bf16",
+        gradient_checkpointing="encoder", recompute_feed_forward=True,
+        **SETTINGS | own | {"steps": 1},
+    )  # fmt: skip
+    begun, (first, second), (bf16, _) = launch(tmp_path, config, resumed, half)
+    for part in ("student", "lora"):
+        assert first[f"{part} sharded"].min() == bf16[f"{part} sharded"].min() == 1
+    assert_gradients_near(begun[0], alone)
+    assert_same_on_both(first, second)
+    # Two steps, a checkpoint, and two more.
+    weights = [name for name in alone if " weight " in name]
+    assert max((first[n] - alone[n]).abs().max() for n in weights) <= 1e-6
+    # What it saved is what it held, whole, under diffusers' and PEFT's names.
+    newest = list_checkpoints(config.output / "checkpoints")[-1]
+    saved = load_file(newest / "unet" / "diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(saved[n], first[f"student weight unet.{n}"]) for n in saved)
+    average = load_file(config.output / "unet" / "diffusion_pytorch_model.safetensors")
+    assert any(not torch.equal(average[n], saved[n]) for n in saved)
+    assert len(list((config.output / "samples").glob("*.png"))) == 2
+    for part in ("student", "lora"):
+        names = [n for n in alone if n.startswith(f"{part} gradient ")]
+        norms = [torch.stack([g[n].norm() for n in names]).norm() for g in (bf16, alone)]
+        assert norms[0] == pytest.approx(norms[1], rel=0.1)
+
+
+def test_processes_that_do_not_know_of_one_another_are_refused(make_config, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match=r"2 processes were started.*--cpu"):
+        require_shared_work(1)
+    monkeypatch.delenv("WORLD_SIZE")
+    with pytest.raises(InputError, match="sharding 'full' needs several processes"):
+        Trainer(make_config(sharding="full"))
+    # FSDP in accelerate's environment asks for the same, once.
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(InputError, match="sharding 'full' needs several processes"):
+        Trainer(make_config())

@@ -1,6 +1,7 @@
 """Embeddings on disk: what `tiue embed-text` writes, and a run that reads it."""
 
 import json
+import shutil
 import sys
 
 import pytest
@@ -8,9 +9,11 @@ import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+from tests.tiue.tiny import TEXT_DIM, TEXT_LENGTH
 from tiue.cli import app
-from tiue.distill import distill
+from tiue.distill import distill, embeddings
 from tiue.distill.embeddings import StoredPrompts, embed_text
+from tiue.distill.files import sha256
 from tiue.distill.loading import load_text_encoder
 from tiue.errors import InputError, OutputError
 
@@ -32,14 +35,58 @@ def folder(teacher_folder, prompts, tmp_path):
 
 def test_rows_are_the_text_encoders_in_float16(folder, teacher_folder):
     stored = StoredPrompts(folder, CPU)
-    expected = load_text_encoder(str(teacher_folder), CPU)(PROMPTS).half().float()
+    expected = load_text_encoder(str(teacher_folder), CPU)(PROMPTS).tokens.half().float()
     assert stored.prompts == PROMPTS
-    torch.testing.assert_close(stored[torch.tensor([4, 0, 3])], expected[[4, 0, 3]])
-    empty = load_text_encoder(str(teacher_folder), CPU)([""]).half().float()
-    torch.testing.assert_close(stored.empty, empty)
+    torch.testing.assert_close(stored[torch.tensor([4, 0, 3])].tokens, expected[[4, 0, 3]])
+    empty = load_text_encoder(str(teacher_folder), CPU)([""]).tokens.half().float()
+    torch.testing.assert_close(stored.empty.tokens, empty)
     shards = sorted(path.name for path in folder.glob("embeddings-*.safetensors"))
     assert shards == [f"embeddings-{n:05d}.safetensors" for n in range(3)]
     assert load_file(folder / shards[0])["prompt_embeds"].dtype == torch.float16
+
+
+def test_smaller_forms_are_near_and_say_what_they_take(teacher_folder, prompts, tmp_path):
+    said = []
+    encoder = load_text_encoder(str(teacher_folder), CPU)
+    expected, lengths = encoder(PROMPTS).tokens, encoder.lengths(PROMPTS)
+    rows = torch.arange(5)
+    for int8, unpadded in ((True, False), (False, True), (True, True)):
+        folder = tmp_path / f"{int8}-{unpadded}"
+        embed_text(str(teacher_folder), prompts, folder, None, 2, 64, True, said.append, int8,
+                   unpadded)  # fmt: skip
+        actual = StoredPrompts(folder, CPU)[rows].tokens
+        bound = expected.abs().amax(0) / 254 * 1.001 if int8 else 1e-3 * expected.abs().amax()
+        for row, length in enumerate(lengths):
+            real = slice(0, length if unpadded else None)
+            error = (actual[row] - expected[row]).abs()
+            assert (error <= bound)[real].all()
+            if unpadded:
+                last = actual[row, length - 1]
+                assert torch.allclose(actual[row, length:], last.expand_as(actual[row, length:]))
+    per_token = TEXT_DIM * 1e-9
+    sizes = [5 * TEXT_LENGTH * per_token, 2 * sum(lengths) * per_token, sum(lengths) * per_token]
+    told = [line for line in said if "GB are free" in line]
+    for line, size in zip(told, sizes, strict=True):
+        assert line.startswith(f"The embeddings take {size:.3g} GB in ")
+
+
+def test_embeddings_without_room_are_not_begun(teacher_folder, prompts, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(OutputError, match=r"has 1e-06 GB left.*--int8 .*--unpadded"):
+        embed_text(str(teacher_folder), prompts, tmp_path / "text", cpu=True)
+    assert not list((tmp_path / "text").glob("*.safetensors"))
+
+
+def test_sums_are_compared_once_and_when_a_file_has_changed(folder, monkeypatch):
+    read = []
+    monkeypatch.setattr(embeddings, "sha256", lambda path: read.append(path.name) or sha256(path))
+    StoredPrompts(folder, CPU)
+    assert read == []  # compared when they were written
+    (folder / "embeddings-00001.safetensors").touch()
+    StoredPrompts(folder, CPU)
+    StoredPrompts(folder, CPU)
+    assert read == ["embeddings-00001.safetensors"]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -97,7 +144,7 @@ def test_unfinished_embeddings_are_refused_and_gone_on_with(folder, teacher_fold
     with pytest.raises(InputError, match="no finished embeddings"):
         StoredPrompts(folder, CPU)
     embed_text(str(teacher_folder), prompts, folder, shard_size=2, cpu=True)
-    assert len(StoredPrompts(folder, CPU)[torch.arange(5)]) == 5
+    assert len(StoredPrompts(folder, CPU)[torch.arange(5)].tokens) == 5
 
 
 def test_embeddings_of_something_else_are_not_written_over(folder, teacher_folder, tmp_path):

@@ -109,7 +109,7 @@ def test_an_update_equals_one_written_by_hand(make_config, teacher_folder):
     before = [p.detach().clone() for p in trainer.student.parameters]
     student_told, lora_told = captured(trainer.student), captured(trainer.lora)
     indices = trainer.order[range(BATCH)]
-    text, empty = trainer.text[indices], trainer.text.empty
+    text, empty = trainer.text[indices].tokens, trainer.text.empty.tokens
     trainer.train()
 
     draws, shape = SampleDraws(SETTINGS["seed"], range(BATCH), CPU), (4, 8, 8)

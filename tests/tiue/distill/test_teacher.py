@@ -5,6 +5,7 @@ from diffusers import DDIMScheduler
 from tests.tiue.tiny import TEXT_DIM, TEXT_LENGTH, tiny_scheduler, tiny_unet
 from tiue.distill.losses import lora_loss
 from tiue.distill.teacher import NoiseSchedule, Teacher, drop_prompts
+from tiue.distill.text import Text
 from tiue.errors import ArchitectureError
 
 PREDICTION_TYPES = ["epsilon", "v_prediction", "sample"]
@@ -26,7 +27,7 @@ def inputs():
     noisy = torch.randn(3, 4, 8, 8, generator=generator)
     embeds = torch.randn(3, TEXT_LENGTH, TEXT_DIM, generator=generator)
     empty = torch.randn(1, TEXT_LENGTH, TEXT_DIM, generator=generator)
-    return noisy, torch.tensor([20, 500, 980]), embeds, empty
+    return noisy, torch.tensor([20, 500, 980]), Text(embeds), Text(empty)
 
 
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
@@ -64,8 +65,9 @@ def test_guided_noise_is_guidance_over_two_separate_calls(inputs, prediction_typ
     noisy, timesteps, embeds, empty = inputs
     teacher = make_teacher(prediction_type)
     one = {"guidance_scale": 1.0, "lora": lora}
+    repeated = Text(empty.tokens.expand_as(embeds.tokens))
     conditional = teacher.guided_noise(noisy, timesteps, embeds, empty, **one)
-    unconditional = teacher.guided_noise(noisy, timesteps, empty.expand_as(embeds), empty, **one)
+    unconditional = teacher.guided_noise(noisy, timesteps, repeated, empty, **one)
     guided = teacher.guided_noise(noisy, timesteps, embeds, empty, 4.5, lora)
     expected = unconditional + 4.5 * (conditional - unconditional)
     torch.testing.assert_close(guided, expected, rtol=1e-4, atol=1e-3)
@@ -87,7 +89,7 @@ def test_frozen_teacher_is_the_unet_without_its_adapter(inputs):
     noisy, timesteps, embeds, empty = inputs
     torch.manual_seed(0)
     plain = tiny_unet()
-    expected = plain(noisy, timesteps, embeds).sample
+    expected = plain(noisy, timesteps, embeds.tokens).sample
     teacher = make_teacher()
     arguments = (noisy, timesteps, embeds, empty, 1.0)
     assert not torch.allclose(teacher.guided_noise(*arguments, lora=True), expected, atol=1e-2)
@@ -141,8 +143,9 @@ def test_half_precision_teacher_that_pools_its_text_runs_under_autocast(inputs):
 
 def test_drop_prompts_replaces_the_chosen_rows():
     embeds, empty = torch.ones(3, 2, 2), torch.zeros(1, 2, 2)
-    dropped = drop_prompts(embeds, empty, torch.tensor([True, False, True]))
-    assert dropped[:, 0, 0].tolist() == [0, 1, 0]
+    text, none = Text(embeds, torch.ones(3, 5)), Text(empty, torch.zeros(1, 5))
+    dropped = drop_prompts(text, none, torch.tensor([True, False, True]))
+    assert dropped.tokens[:, 0, 0].tolist() == dropped.pooled[:, 4].tolist() == [0, 1, 0]
 
 
 def test_a_unet_with_conditions_besides_the_prompt_is_refused():

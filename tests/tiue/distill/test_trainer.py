@@ -90,9 +90,9 @@ def test_saved_lora_is_the_lora_teacher_in_peft(make_config, teacher_folder):
     embeds, timestep = trainer.text[torch.tensor([0])], torch.tensor([300])
     with torch.no_grad():
         expected = trainer.teacher.lora_noise(noisy, timestep, embeds)
-        torch.testing.assert_close(loaded(noisy, timestep, embeds).sample, expected)
+        torch.testing.assert_close(loaded(noisy, timestep, embeds.tokens).sample, expected)
         trainer.teacher.unet.disable_adapters()
-        frozen = trainer.teacher.unet(noisy, timestep, embeds).sample
+        frozen = trainer.teacher.unet(noisy, timestep, embeds.tokens).sample
     assert not torch.allclose(frozen, expected, atol=1e-3)
 
 
@@ -402,7 +402,7 @@ def test_distillation_reaches_the_teacher(make_config, tmp_path):
     )  # fmt: skip
     trainer = Trainer(config)
     noise = torch.randn(16, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    embeds = trainer.text[torch.zeros(16, dtype=torch.int64)]
+    embeds = trainer.text[torch.zeros(16, dtype=torch.int64)].tokens
 
     def distance():
         images = trainer.unet.one_pass(noise, trainer.schedule, embeds)

@@ -1,0 +1,146 @@
+"""What a run is built of, as its settings ask: accelerate, text, student, validation."""
+
+import logging
+import os
+from collections.abc import Callable
+
+import torch
+from accelerate import Accelerator, DistributedType
+from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
+from diffusers import UNet2DConditionModel
+
+from tiue.distill import loading
+from tiue.distill.config import DistillConfig
+from tiue.distill.embeddings import StoredPrompts
+from tiue.distill.monitor import check_trackers
+from tiue.distill.processes import require_shared_work
+from tiue.distill.prompts import read_prompts
+from tiue.distill.sharding import check_sharding
+from tiue.distill.text import EncodedPrompts, Encoder, Text, TextSource
+from tiue.distill.validation import Validation
+from tiue.errors import CheckpointError, InputError
+from tiue.unet import TiUEUNet
+
+logger = logging.getLogger(__name__)
+
+
+def start_accelerator(config: DistillConfig) -> Accelerator:
+    """Start accelerate as the settings ask.
+
+    Raises:
+        DependencyError: If a tracker is not installed.
+        InputError: If the processes cannot share the work.
+    """
+    check_trackers(config.trackers)
+    if config.deterministic:
+        # cuBLAS reads it at its first call.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    accelerator = Accelerator(
+        mixed_precision=config.mixed_precision,
+        cpu=config.cpu,
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=config.gradient_accumulation_steps,
+            adjust_scheduler=False,
+            sync_with_dataloader=False,
+        ),
+        log_with=list(config.trackers) or None,
+        project_config=ProjectConfiguration(str(config.output), str(config.output / "logs")),
+        step_scheduler_with_optimizer=False,
+    )
+    require_shared_work(accelerator.num_processes)
+    if config.sharding == "full":
+        check_sharding(config, accelerator)
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        raise InputError(
+            "DeepSpeed wraps one network, and student and LoRA teacher are two: choose "
+            "sharding 'full' (FSDP2) or plain data parallelism."
+        )
+    return accelerator
+
+
+def load_text(
+    config: DistillConfig, accelerator: Accelerator, report: Callable[[str], object]
+) -> tuple[TextSource, tuple[list[str], Text] | None]:
+    """The prompts' embeddings, and the validation prompts with theirs where pictures are due.
+
+    A text encoder that all is made of beforehand is let go of here.
+    """
+    device = accelerator.device
+    encoder: Encoder | None = None
+    text: TextSource
+    if config.embeddings is not None:
+        verify = config.verify_embeddings and accelerator.is_local_main_process
+        text = StoredPrompts(config.embeddings, device, verify)
+    else:
+        assert config.prompts is not None
+        prompts = read_prompts(config.prompts, config.prompt_column, report)
+        encoder = loading.load_text_encoder(config.teacher, device)
+        text = EncodedPrompts(prompts, encoder, config.embedding_cache_mib << 20)
+    if not config.sample_every:
+        return text, None
+    shown = list(config.validation_prompts) or text.prompts[:4]
+    if set(shown) <= set(text.prompts):
+        return text, (shown, text[torch.tensor([text.prompts.index(p) for p in shown])])
+    encoder = encoder or loading.load_text_encoder(config.teacher, device)
+    return text, (shown, encoder(shown))
+
+
+def load_student(config: DistillConfig, teacher: UNet2DConditionModel) -> TiUEUNet:
+    """Load the UNet that is trained, with its blocks checkpointed as asked.
+
+    Raises:
+        CheckpointError: If it cannot be loaded, or does not fit the teacher.
+    """
+    unet = loading.load_unet(config.student or config.teacher).train()
+    for name in (
+        "in_channels", "out_channels", "cross_attention_dim", "addition_embed_type",
+        "projection_class_embeddings_input_dim",
+    ):  # fmt: skip
+        own, taught = unet.config[name], teacher.config[name]
+        if own != taught:
+            raise CheckpointError(
+                f"The student's {name} is {own} and the teacher's {taught}: they must share "
+                "latents and text encoder. Start from a UNet of the teacher's kind."
+            )
+    unet.recompute_feed_forward = config.recompute_feed_forward
+    if config.gradient_checkpointing != "none":
+        unet.enable_gradient_checkpointing()
+    if config.gradient_checkpointing == "encoder":
+        for module in unet.up_blocks.modules():
+            if hasattr(module, "gradient_checkpointing"):
+                module.gradient_checkpointing = False
+    return unet
+
+
+def find_latent_shape(config: DistillConfig, unet: UNet2DConditionModel) -> tuple[int, int, int]:
+    """C, H, W of a sample.
+
+    Raises:
+        InputError: If neither the settings nor the UNet name a size.
+    """
+    size = unet.config.sample_size
+    height, width = size if isinstance(size, tuple | list) else (size, size)
+    height, width = config.height or height, config.width or width
+    if height is None or width is None:
+        raise InputError("This UNet names no sample size; set height and width.")
+    return (unet.config.in_channels, height, width)
+
+
+def load_validation(
+    config: DistillConfig,
+    accelerator: Accelerator,
+    shown: tuple[list[str], Text] | None,
+    latent_shape: tuple[int, int, int],
+) -> Validation | None:
+    """What draws the validation prompts, or None where none are asked for or there is no VAE."""
+    if shown is None:
+        return None
+    vae = loading.load_vae(config.teacher, accelerator.device)
+    if vae is None:
+        logger.warning("The teacher '%s' has no VAE: no pictures.", config.teacher)
+        return None
+    main = accelerator.is_main_process
+    prompts, text = shown
+    vae = vae if main else None
+    return Validation(prompts, text, latent_shape, vae, config.seed)
