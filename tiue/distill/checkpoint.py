@@ -1,8 +1,9 @@
 """What a run leaves to go on from: folders that appear once they are complete and on disk.
 
-`checkpoints/step-<n>/` holds `unet/`, `unet_ema/` and `scheduler/` (diffusers), `lora/` (PEFT),
-`config.yaml`, and what accelerate's `save_state` writes: both optimisers, both rate schedules, the
-random state of every process, and `RunState`.
+`checkpoints/step-<n>/` holds `unet/`, `unet_ema/` and `scheduler/` (diffusers), `lora/` (PEFT), of
+a student that is a LoRA `student_lora/` too, `config.yaml`, and what accelerate's `save_state`
+writes: both optimisers, both rate schedules, the random state of every process, and `RunState`.
+Sharded optimisers are in `optimizers/`, as torch.distributed.checkpoint writes them.
 """
 
 import logging
@@ -37,7 +38,8 @@ from tiue.distill.sharding import (
     whole,
     whole_state,
 )
-from tiue.distill.step import Trained
+from tiue.distill.step import Trained, averaged_from
+from tiue.distill.student import merged_state
 from tiue.errors import CheckpointError, TiUEError
 from tiue_kernels import configs
 
@@ -249,10 +251,24 @@ class Checkpoints:
         network = self.accelerator.unwrap_model(self.student.network)
         # Written inside: the state of a network that is not sharded is its parameters, no copies.
         with averaged_weights(self.student, self.ema if averaged else None):
-            weights = whole_state(network, self._sharded)
+            if self.config.student_lora_rank:
+                weights = merged_state(network.unet) if self.accelerator.is_main_process else {}
+            else:
+                weights = whole_state(network, self._sharded)
             if self.accelerator.is_main_process:
                 weights = {name.removeprefix(_STUDENT_PREFIX): w for name, w in weights.items()}
                 write_unet(network.unet, weights, folder)
+
+    def write_student_lora(self, folder: Path, averaged: bool = True) -> None:
+        """Write the student's LoRA in PEFT's format; every process must ask.
+
+        Args:
+            folder: The folder; made if missing.
+            averaged: Of the moving average's weights, where one is kept.
+        """
+        unet = self.accelerator.unwrap_model(self.student.network).unet
+        with averaged_weights(self.student, self.ema if averaged else None):
+            self._write_lora(unet, folder)
 
     def _unreadable(self, place: Path, error: Exception) -> CheckpointError:
         if self.state.changed:
@@ -272,31 +288,45 @@ class Checkpoints:
         self.write_student(folder / "unet", averaged=False)
         if self.ema is not None:
             self.write_student(folder / "unet_ema")
-        lora = {n: whole(p) for n, p in lora_unet.named_parameters() if p.requires_grad}
-        lora = get_peft_model_state_dict(lora_unet, state_dict=lora)
-        if self.accelerator.is_main_process:
-            lora_unet.peft_config["default"].save_pretrained(folder / "lora")
-            save_file(
-                {_LORA_PREFIX + name: weight.contiguous() for name, weight in lora.items()},
-                folder / "lora" / _LORA_FILE,
-                metadata={"format": "pt"},
-            )
+        if self.config.student_lora_rank:
+            self.write_student_lora(folder / "student_lora", averaged=False)
+            if self.ema is not None:
+                self.write_student_lora(folder / "student_lora_ema")
+        self._write_lora(lora_unet, folder / "lora")
         if self._sharded:
             save_optimizers(self._trained, folder)
 
+    def _write_lora(self, unet: UNet2DConditionModel, folder: Path) -> None:
+        lora = {n: whole(p) for n, p in unet.named_parameters() if p.requires_grad}
+        lora = get_peft_model_state_dict(unet, state_dict=lora)
+        if self.accelerator.is_main_process:
+            unet.peft_config["default"].save_pretrained(folder)
+            save_file(
+                {_LORA_PREFIX + name: weight.contiguous() for name, weight in lora.items()},
+                folder / _LORA_FILE,
+                metadata={"format": "pt"},
+            )
+
+    def _read_student(self, folder: Path, average: bool) -> None:
+        unet, ending = self.accelerator.unwrap_model(self.student.network).unet, "_ema" * average
+        if self.config.student_lora_rank:
+            _read_lora(unet, folder / f"student_lora{ending}")
+        else:
+            _set_weights(unet, _read_unet(folder / f"unet{ending}"))
+
     def _read_models(self, models: list[Any], source: str) -> None:
         folder, unwrap = Path(source), self.accelerator.unwrap_model
-        unet, lora_unet = unwrap(self.student.network).unet, unwrap(self.lora.network)
+        lora_unet = unwrap(self.lora.network)
         models.clear()  # else accelerate would look for its own files of them
-        _set_weights(unet, _read_unet(folder / "unet"))
+        self._read_student(folder, average=False)
         _read_lora(lora_unet, folder / "lora")
         if self._sharded:
             load_optimizers(self._trained, folder)
         if self.ema is not None:
-            average = _read_unet(folder / "unet_ema")
             self.ema.store(self.student.local)
-            _set_weights(unet, average)
-            self.ema.shadow_params = [p.detach().clone() for p in self.student.local]
+            self._read_student(folder, average=True)
+            average = averaged_from(self.student, self.config.ema_on_cpu)
+            self.ema.shadow_params = [p.detach().clone() for p in average]
             self.ema.restore(self.student.local)
 
     @torch.no_grad()

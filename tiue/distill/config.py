@@ -52,6 +52,14 @@ class DistillConfig:
         str | None,
         "UNet folder or pipeline to start from; the teacher's UNet when not given.",
     ] = None
+    student_lora_rank: Annotated[
+        int,
+        "Train a LoRA of this rank on the student's attention and feed-forward in the place of all "
+        "its weights, for far less memory; written as lora/ (PEFT) and merged as unet/. 0: all.",
+    ] = 0
+    student_lora_alpha: Annotated[
+        float, "Alpha of the student's LoRA: its output is scaled by alpha / rank."
+    ] = 64.0
     num_decoder_steps: Annotated[
         int,
         "Decoder timesteps K of the student, all run in one batch over one encoder pass.",
@@ -94,6 +102,10 @@ class DistillConfig:
         float,
         "Decay of the student's moving average, reached slowly; 0 keeps no average.",
     ] = 0.9999
+
+    ema_on_cpu: Annotated[
+        bool, "Keep the average in host memory; every update then copies the weights there."
+    ] = False
 
     guidance_scale: Annotated[
         float,
@@ -189,6 +201,10 @@ class DistillConfig:
         bool,
         "If the teacher is a whole pipeline, write one with the student in it as well.",
     ] = True
+    push_to_hub: Annotated[
+        str | None,
+        "Hub id owner/name that receives the finished student; needs a login (hf auth login).",
+    ] = None
 
     def __post_init__(self) -> None:
         """Refuse values that no run can have.
@@ -202,11 +218,15 @@ class DistillConfig:
         )  # fmt: skip
         for name in at_least_one:
             self._require(getattr(self, name) >= 1, name, "at least 1")
-        for name in ("learning_rate", "lora_learning_rate", "lora_alpha", "max_grad_norm"):
+        positive = (
+            "learning_rate", "lora_learning_rate", "lora_alpha", "student_lora_alpha",
+            "max_grad_norm",
+        )  # fmt: skip
+        for name in positive:
             self._require(getattr(self, name) > 0, name, "more than 0")
         not_negative = (
             "kl_weight", "sample_every", "embedding_cache_mib", "weight_decay", "lr_warmup_steps",
-            "clip_weight", "clip_weight_end",
+            "clip_weight", "clip_weight_end", "student_lora_rank",
         )  # fmt: skip
         for name in not_negative:
             self._require(getattr(self, name) >= 0, name, "0 or more")

@@ -3,11 +3,12 @@
 from pathlib import Path
 
 from diffusers import DDIMScheduler, UNet2DConditionModel
+from huggingface_hub import HfApi
 
 from tiue.distill.files import whole_folder
 from tiue.distill.loading import load_pipeline_around
 from tiue.distill.settings import CONFIG, load_config
-from tiue.errors import CheckpointError, InputError
+from tiue.errors import CheckpointError, InputError, OutputError
 
 
 def export_student(run: Path, output: Path, teacher: str | None = None) -> Path:
@@ -51,3 +52,28 @@ def export_student(run: Path, output: Path, teacher: str | None = None) -> Path:
     with whole_folder(output) as written:
         pipeline.save_pretrained(written)
     return output
+
+
+def push_student(run: Path, name: str) -> None:
+    """Put a finished run's student on the hub: its whole pipeline, or else UNet and scheduler.
+
+    Args:
+        run: The run's output folder.
+        name: Hub id owner/name; made if it is not there.
+
+    Raises:
+        OutputError: If it cannot be put there; the student stays in its folder.
+    """
+    whole = (run / "pipeline").is_dir()
+    patterns = None if whole else ["unet/*", "scheduler/*", "lora/*"]
+    try:
+        hub = HfApi()
+        hub.create_repo(name, exist_ok=True)
+        hub.upload_folder(
+            repo_id=name, folder_path=run / "pipeline" if whole else run, allow_patterns=patterns
+        )
+    except (OSError, ValueError) as error:  # the hub's errors are of these
+        raise OutputError(
+            f"The student is in '{run}', and cannot be put on the hub as '{name}' ({error}). Log "
+            "in with `hf auth login`, then go on with --resume: only this is left to do."
+        ) from error

@@ -16,12 +16,15 @@ from tiue.distill.monitor import check_trackers
 from tiue.distill.processes import require_shared_work
 from tiue.distill.prompts import read_prompts
 from tiue.distill.sharding import check_sharding
+from tiue.distill.student import add_student_lora
 from tiue.distill.text import EncodedPrompts, Encoder, Text, TextSource
 from tiue.distill.validation import Validation
 from tiue.errors import CheckpointError, InputError
 from tiue.unet import TiUEUNet
 
 logger = logging.getLogger(__name__)
+
+WEIGHT_TYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def start_accelerator(config: DistillConfig) -> Accelerator:
@@ -92,7 +95,9 @@ def load_student(config: DistillConfig, teacher: UNet2DConditionModel) -> TiUEUN
     Raises:
         CheckpointError: If it cannot be loaded, or does not fit the teacher.
     """
-    unet = loading.load_unet(config.student or config.teacher).train()
+    # Weights that are not trained need no float32.
+    kind = WEIGHT_TYPES[config.mixed_precision] if config.student_lora_rank else torch.float32
+    unet = loading.load_unet(config.student or config.teacher, kind).train()
     for name in (
         "in_channels", "out_channels", "cross_attention_dim", "addition_embed_type",
         "projection_class_embeddings_input_dim",
@@ -103,6 +108,14 @@ def load_student(config: DistillConfig, teacher: UNet2DConditionModel) -> TiUEUN
                 f"The student's {name} is {own} and the teacher's {taught}: they must share "
                 "latents and text encoder. Start from a UNet of the teacher's kind."
             )
+    if config.student_lora_rank:
+        add_student_lora(unet, config)
+    checkpoint_blocks(unet, config)
+    return unet
+
+
+def checkpoint_blocks(unet: TiUEUNet, config: DistillConfig) -> None:
+    """Let backward compute again what the settings say, for less memory."""
     unet.recompute_feed_forward = config.recompute_feed_forward
     if config.gradient_checkpointing != "none":
         unet.enable_gradient_checkpointing()
@@ -110,7 +123,6 @@ def load_student(config: DistillConfig, teacher: UNet2DConditionModel) -> TiUEUN
         for module in unet.up_blocks.modules():
             if hasattr(module, "gradient_checkpointing"):
                 module.gradient_checkpointing = False
-    return unet
 
 
 def find_latent_shape(config: DistillConfig, unet: UNet2DConditionModel) -> tuple[int, int, int]:

@@ -23,7 +23,8 @@ MAY_CHANGE = frozenset({
     "log_every", "trackers", "sample_every", "validation_prompts", "save_pipeline",
     "verify_embeddings", "cpu", "embedding_cache_mib", "prompts", "prompt_column", "embeddings",
     "batch_size", "gradient_accumulation_steps", "teacher", "student", "divergence_factor",
-    "mixed_precision", "gradient_checkpointing", "recompute_feed_forward", "deterministic",
+    "mixed_precision", "ema_on_cpu", "push_to_hub", "gradient_checkpointing",
+    "recompute_feed_forward", "deterministic",
 })  # fmt: skip
 
 

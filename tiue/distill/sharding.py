@@ -44,6 +44,7 @@ def check_sharding(config: DistillConfig, accelerator: Accelerator) -> None:
         (accelerator.num_processes == 1, "several processes: accelerate launch --num_processes N"),
         (config.mixed_precision == "fp16", "mixed_precision bf16 or no"),
         (config.optimizer == "adamw8bit", "optimizer adam or adamw"),
+        (config.student_lora_rank > 0, "student_lora_rank 0: a LoRA fits without it"),
     ):
         if refused:
             raise InputError(f"sharding 'full' needs {cure}.")

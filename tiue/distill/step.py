@@ -72,6 +72,13 @@ class Trained:
         return getattr(self.rates, "scheduler", self.rates)
 
 
+def averaged_from(trained: Trained, on_cpu: bool) -> list[Any]:
+    """What the moving average is formed of: this process's part, in the memory it is kept in."""
+    if not on_cpu:
+        return trained.local
+    return [p.detach().cpu().requires_grad_() for p in trained.local]
+
+
 @dataclass
 class MicroBatch:
     """B samples of an update.
@@ -171,7 +178,7 @@ class DistillStep:
         means = torch.stack([told[: len(names)] for told in parts]).mean(0)
         figures = self._apply(self.student, dict(zip(names, means, strict=True)), "grad_norm", step)
         if self.ema is not None:
-            self.ema.step(self.student.local)
+            self.ema.step(averaged_from(self.student, self.config.ema_on_cpu))
         if self.clip is None:
             del figures["clip"]
 

@@ -20,6 +20,7 @@ from tiue.distill import loading
 from tiue.distill.checkpoint import Checkpoints, RunState, averaged_weights
 from tiue.distill.config import DistillConfig
 from tiue.distill.data import PromptOrder, SampleDraws
+from tiue.distill.export import push_student
 from tiue.distill.files import append_line, whole_folder, write_file
 from tiue.distill.guards import Guard, Signals
 from tiue.distill.losses import timestep_weights
@@ -27,6 +28,7 @@ from tiue.distill.monitor import HISTORY, Monitor, describe
 from tiue.distill.optimizers import build_optimizer, build_rate_schedule
 from tiue.distill.output import claim_output, clear_leftovers, find_checkpoint
 from tiue.distill.parts import (
+    WEIGHT_TYPES,
     find_latent_shape,
     load_student,
     load_text,
@@ -36,7 +38,7 @@ from tiue.distill.parts import (
 from tiue.distill.prompts import prompts_digest
 from tiue.distill.settings import CONFIG, write_config
 from tiue.distill.sharding import accelerate_asks_for_it, shard
-from tiue.distill.step import DistillStep, MicroBatch, Student, Trained
+from tiue.distill.step import DistillStep, MicroBatch, Student, Trained, averaged_from
 from tiue.distill.teacher import NoiseSchedule, Teacher
 from tiue.errors import InputError
 from tiue.schedule import OnePassSchedule
@@ -46,8 +48,6 @@ logger = logging.getLogger(__name__)
 
 SampleHook = Callable[[TiUEUNet, OnePassSchedule, int], None]
 Report = Callable[[str], object]
-
-_WEIGHT_TYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class Trainer:
@@ -105,7 +105,7 @@ class Trainer:
         self._check_timesteps(noise_schedule)
 
         torch.manual_seed(config.seed)  # for the LoRA's first weights
-        teacher_unet = loading.load_unet(config.teacher, _WEIGHT_TYPES[config.mixed_precision])
+        teacher_unet = loading.load_unet(config.teacher, WEIGHT_TYPES[config.mixed_precision])
         self.teacher = Teacher(
             teacher_unet.to(device), noise_schedule, config.lora_rank, config.lora_alpha
         )
@@ -121,7 +121,9 @@ class Trainer:
         )  # fmt: skip
         self.ema = None
         if config.ema_decay > 0:
-            self.ema = EMAModel(self.student.local, decay=config.ema_decay, foreach=True)
+            self.ema = EMAModel(
+                averaged_from(self.student, config.ema_on_cpu), decay=config.ema_decay, foreach=True
+            )
         clip = None
         if config.clip_weight or config.clip_weight_end:
             clip = loading.load_clip_scorer(config.clip_model, config.clip_vae, device)
@@ -309,6 +311,9 @@ class Trainer:
         output, main = self.config.output, self.accelerator.is_main_process
         with whole_folder(output / "unet") if main else nullcontext(output) as written:
             self.checkpoints.write_student(written)
+        if self.config.student_lora_rank:
+            with whole_folder(output / "lora") if main else nullcontext(output) as written:
+                self.checkpoints.write_student_lora(written)
         if not main:
             return
         with whole_folder(output / "scheduler") as written:
@@ -320,6 +325,9 @@ class Trainer:
                 with whole_folder(output / "pipeline") as written:
                     pipeline.save_pretrained(written)
         self.report(f"The student is in {output}.")
+        if self.config.push_to_hub:
+            push_student(output, self.config.push_to_hub)
+            self.report(f"It is on the hub as {self.config.push_to_hub}.")
 
     def _teacher_digest(self) -> str:
         main = self.accelerator.is_main_process

@@ -11,7 +11,10 @@ GIVEN = {"output": "run", "embeddings": "embeddings"}
 
 
 def test_every_shipped_recipe_is_a_config():
-    assert list_recipes() == ["one-gpu-24gb", "openmoji", "scenes", "sd15", "sd21-base"]
+    assert list_recipes() == [
+        "one-gpu-24gb", "one-gpu-24gb-lora", "openmoji", "scenes", "sd15", "sd21-base",
+        "sd21-base-clip", "sd21-base-lora5", "sdxl", "sdxl-one-gpu-80gb",
+    ]  # fmt: skip
     configs = {name: load_config(name, **GIVEN) for name in list_recipes()}
     published = configs["sd21-base"]
     assert published == dataclasses.replace(
@@ -25,6 +28,14 @@ def test_every_shipped_recipe_is_a_config():
         assert config.kl_weight * maps == pytest.approx(0.1 * 8 * config.num_decoder_steps)
         assert (config.learning_rate, config.lora_learning_rate) == (1e-6, 1e-3)
     assert (one.optimizer, one.gradient_checkpointing) == ("adamw8bit", "encoder")
+    for name, processes in (("sdxl", 8), ("sdxl-one-gpu-80gb", 1), ("one-gpu-24gb-lora", 1)):
+        config = configs[name]
+        assert config.batch_size * config.gradient_accumulation_steps * processes == 64
+    second = dataclasses.replace(
+        published, steps=10_000, clip_weight=0.1, clip_model="openai/clip-vit-base-patch32"
+    )
+    assert configs["sd21-base-clip"] == second
+    assert configs["sd21-base-lora5"] == dataclasses.replace(published, lora_updates=5)
 
 
 def test_options_take_precedence_over_the_file(tmp_path):
