@@ -115,7 +115,7 @@ def parts(recipe: str) -> dict[str, float]:
 def main() -> None:
     """Prints one table of Markdown."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("recipes", nargs="*", choices=[*MODELS, []], default=list(MODELS))
+    parser.add_argument("recipes", nargs="*", default=list(MODELS))
     recipes = parser.parse_args().recipes
     columns = {recipe: parts(recipe) for recipe in recipes}
     names = dict.fromkeys(name for column in columns.values() for name in column)

@@ -194,6 +194,20 @@ class DistillConfig:
         int,
         "Student updates between validation pictures (and calls of the sample hook); 0 for none.",
     ] = 0
+    evaluate_every: Annotated[
+        int,
+        "Student updates between evaluations of the student (its average), whose best one is kept "
+        "in best/; 0 for none. [eval]",
+    ] = 0
+    evaluate_metric: Annotated[
+        str, "The figure of `tiue evaluate` that decides: fid, kid, precision, clip_score, ..."
+    ] = "kid"
+    evaluate_preset: Annotated[str, "Protocol of `tiue evaluate`."] = "coco2017-5k"
+    evaluate_prompts: Annotated[
+        Path | None, "Prompts that the student is not trained on; the openmoji preset has its own."
+    ] = None
+    evaluate_reference: Annotated[Path | None, "Folder of pictures to compare with."] = None
+    evaluate_count: Annotated[int, "Pictures drawn for an evaluation, one a prompt."] = 1000
     validation_prompts: Annotated[
         tuple[str, ...], "Prompts of the validation pictures; the first four by default."
     ] = ()
@@ -215,6 +229,7 @@ class DistillConfig:
         at_least_one = (
             "num_decoder_steps", "steps", "batch_size", "gradient_accumulation_steps", "lora_rank",
             "lora_updates", "checkpoint_every", "keep_checkpoints", "log_every",
+            "evaluate_count",
         )  # fmt: skip
         for name in at_least_one:
             self._require(getattr(self, name) >= 1, name, "at least 1")
@@ -227,6 +242,7 @@ class DistillConfig:
         not_negative = (
             "kl_weight", "sample_every", "embedding_cache_mib", "weight_decay", "lr_warmup_steps",
             "clip_weight", "clip_weight_end", "student_lora_rank",
+            "evaluate_every",
         )  # fmt: skip
         for name in not_negative:
             self._require(getattr(self, name) >= 0, name, "0 or more")

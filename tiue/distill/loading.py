@@ -110,9 +110,8 @@ def load_text_encoder(source: str, device: torch.device) -> Encoder:
         CheckpointError: If one is missing, incomplete or a pickle.
     """
     source = resolve_teacher(source)
-    index = _read_index(source)
-    if "text_encoder_2" in index:
-        return XLTextEncoder(_load_xl_text(source, index, device))
+    if is_xl(source):
+        return XLTextEncoder(_load_xl_text(source, _read_index(source), device))
     with _reading("tokenizer", source):
         tokenizer = AutoTokenizer.from_pretrained(source, subfolder="tokenizer")
     with _reading("text encoder", source):
@@ -120,6 +119,11 @@ def load_text_encoder(source: str, device: torch.device) -> Encoder:
             CLIPTextModel.from_pretrained, source, "text encoder", subfolder="text_encoder"
         )
     return TextEncoder(tokenizer, text_encoder.to(device))
+
+
+def is_xl(source: str) -> bool:
+    """Whether a teacher has SDXL's second text encoder."""
+    return "text_encoder_2" in _read_index(resolve_teacher(source))
 
 
 def _load_xl_text(

@@ -24,7 +24,8 @@ MAY_CHANGE = frozenset({
     "verify_embeddings", "cpu", "embedding_cache_mib", "prompts", "prompt_column", "embeddings",
     "batch_size", "gradient_accumulation_steps", "teacher", "student", "divergence_factor",
     "mixed_precision", "ema_on_cpu", "push_to_hub", "gradient_checkpointing",
-    "recompute_feed_forward", "deterministic",
+    "recompute_feed_forward", "deterministic", "evaluate_every", "evaluate_metric",
+    "evaluate_preset", "evaluate_prompts", "evaluate_reference", "evaluate_count",
 })  # fmt: skip
 
 

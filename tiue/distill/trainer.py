@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -133,6 +134,11 @@ class Trainer:
         self.size = (*pixels, 0, 0, *pixels)
         if shown is not None:
             shown = (shown[0], shown[1]._replace(size=self.size))
+        self._evaluator: Any = None
+        if config.evaluate_every:
+            from tiue.distill.evaluating import Evaluator  # needs the extra `eval`
+
+            self._evaluator = Evaluator(config, self.accelerator, self.unet, self.scheduler)
         self.validation = load_validation(config, self.accelerator, shown, self.latent_shape)
         self.guard = Guard(config.divergence_factor, config.mixed_precision == "fp16")
         self.train_step = DistillStep(
@@ -225,9 +231,16 @@ class Trainer:
         self.state.samples_seen += self.state.samples_per_step
         seconds = time.perf_counter() - started
         monitor.after_step(self.step, result, self.state.samples_per_step, seconds, rate)
-        if self._is_due(config.sample_every) and (self.validation or self.on_sample):
+        looks = self._is_due(config.sample_every) and (self.validation or self.on_sample)
+        measures = self._is_due(config.evaluate_every)
+        if looks or measures:
             with averaged_weights(self.student, self.ema):
-                self._sample(monitor)
+                self.unet.eval()
+                if looks:
+                    self._sample(monitor)
+                if measures:
+                    self._evaluate()
+                self.unet.train()
 
     def _batches(self) -> list[MicroBatch]:
         """This process's micro-batches of the next update."""
@@ -266,7 +279,6 @@ class Trainer:
         return keep
 
     def _sample(self, monitor: Monitor) -> None:
-        self.unet.eval()
         if self.validation is not None:
             # Every process runs the student: it may be sharded.
             images = self.validation.draw(self.student.network, self.schedule)
@@ -280,7 +292,14 @@ class Trainer:
                     self.on_sample(self.unet, self.schedule, self.step)
             if isinstance(network, FSDPModule):
                 network.reshard()
-        self.unet.train()
+
+    def _evaluate(self) -> None:
+        figure = self._evaluator.measure(self.step)
+        best = self._evaluator.keep_best(self.step, figure, self.checkpoints, self.scheduler)
+        name = self.config.evaluate_metric
+        self._tell(
+            f"Step {self.step}: {name} {figure:.4g}" + (", the best so far." if best else ".")
+        )
 
     def _save(self) -> int:
         if self.ema is not None:

@@ -62,10 +62,9 @@ def test_a_student_that_is_a_lora(make_config, teacher_folder):
 
 def test_a_finished_student_is_put_on_the_hub(make_config, monkeypatch):
     told = []
-    monkeypatch.setattr(
-        "huggingface_hub.HfApi.create_repo", lambda _, name, **__: told.append(name)
-    )
-    monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", lambda _, **k: told.append(k))
+    hub = "huggingface_hub.HfApi"
+    monkeypatch.setattr(f"{hub}.create_repo", lambda _, name, **__: told.append(name))
+    monkeypatch.setattr(f"{hub}.upload_folder", lambda _, **given: told.append(given))
     settings = {"steps": 1, "batch_size": 1, "num_decoder_steps": 2, "push_to_hub": "me/student"}
     output = Trainer(make_config(**settings)).train()
     assert told[0] == "me/student"
