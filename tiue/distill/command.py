@@ -56,8 +56,8 @@ def _signature() -> inspect.Signature:
                 typer.Option(
                     "--config",
                     "-c",
-                    help="YAML file of settings, or a shipped recipe: sd15, sd21-base, "
-                    "one-gpu-24gb, openmoji, scenes. The options below take precedence.",
+                    help="YAML file of settings, or a shipped recipe: sd15, sd21-base, sdxl, "
+                    "one-gpu-24gb, openmoji, scenes and more. The options below take precedence.",
                 ),
             ],
         )
