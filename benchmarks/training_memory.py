@@ -39,6 +39,15 @@ _FLOAT, _HALF = 4, 2
 _MOMENTS = {"adam": 8.0, "adamw": 8.0, "adamw8bit": 2 * (1 + 4 / 256)}
 
 
+def _unet(model: str, dtype: torch.dtype) -> TiUEUNet:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)  # made so: fake parameters cannot be changed to it
+    try:
+        return TiUEUNet(**CONFIGS[model])
+    finally:
+        torch.set_default_dtype(before)
+
+
 def _text(unet: Any, rows: int) -> Text:
     tokens = torch.empty(rows, NUM_TOKENS, unet.config.cross_attention_dim)
     if unet.config.addition_embed_type != "text_time":
@@ -53,9 +62,9 @@ def saved_bytes(config: DistillConfig, model: str) -> dict[str, int]:
     found = {}
     mixed = torch.autocast("cpu", torch.bfloat16, enabled=config.mixed_precision == "bf16")
     with FakeTensorMode(allow_non_fake_inputs=True), mixed:
-        unet = TiUEUNet(**CONFIGS[model]).train()
+        unet = _unet(model, torch.bfloat16 if config.student_lora_rank else torch.float32).train()
         if config.student_lora_rank:
-            add_student_lora(unet.bfloat16(), config)
+            add_student_lora(unet, config)
         checkpoint_blocks(unet, config)
         size = unet.config.sample_size
         latents = torch.empty(config.batch_size, 4, size, size)
@@ -66,7 +75,7 @@ def saved_bytes(config: DistillConfig, model: str) -> dict[str, int]:
             losses.vsd_loss(schedule.combine(latents, noise), latents)
             losses.kl_loss(noise)
         found["student"] = saved.total
-        frozen = TiUEUNet(**CONFIGS[model]).to(torch.bfloat16)
+        frozen = _unet(model, torch.bfloat16)
         teacher = Teacher(frozen, NoiseSchedule(scheduler), config.lora_rank, config.lora_alpha)
         saved = SavedBytes(frozen)
         with saved:
