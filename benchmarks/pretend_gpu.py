@@ -220,6 +220,7 @@ def _pretended(record: Callable[..., None]) -> Iterator[None]:
     )
     with ExitStack() as stack:
         for target, name, value in (
+            (torch.version, "cuda", "13.0"),
             (torch.cuda, "get_device_capability", lambda *_: CAPABILITY),
             (torch.cuda, "get_device_properties", lambda *_: properties),
             (torch.cuda, "get_device_name", lambda *_: properties.name),

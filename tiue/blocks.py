@@ -16,6 +16,7 @@ from diffusers.models.attention_processor import Attention
 from torch import nn
 
 from tiue_kernels import functional
+from tiue_kernels.layout import memory_format
 from tiue_kernels.nn import (
     FusedBasicTransformerBlock,
     FusedResnetBlock2D,
@@ -130,7 +131,12 @@ def _map(
     """[K*B, H*W, inner_dim] and [K*B, C, H, W] -> [K*B, C, H, W]: projection out and sum."""
     rows, _, height, width = residual.shape
     weights = _projection(transformer.proj_out)
-    if weights is None or weights.down is None or weights.runs_beside(tokens.shape[:-1].numel()):
+    in_place = memory_format(residual) == torch.channels_last  # tokens are such a map already
+    if weights is None or weights.runs_beside(tokens.shape[:-1].numel()):
+        in_place = False
+    elif weights.down is not None:
+        in_place = True
+    if weights is None or not in_place:
         return transformer._get_output_for_continuous_inputs(
             tokens, residual, rows, height, width, inner_dim
         )

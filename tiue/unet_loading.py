@@ -3,8 +3,10 @@
 import json
 import os
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any, TypeVar
 
+import torch
 from diffusers import UNet2DConditionModel
 
 from tiue.checkpoints import (
@@ -26,7 +28,26 @@ _HUB_ARGUMENTS = {
 
 
 class LoadableUNet(UNet2DConditionModel):
-    """The part of `TiUEUNet` that loads and saves: weights and configuration are diffusers' own."""
+    """The part of `TiUEUNet` that loads and saves: weights and configuration are diffusers' own.
+
+    Attributes:
+        channels_last_on: types of devices on which convolutions' weights are laid out in
+            channels_last, in place, as tensor cores read them; maps follow their weights. Set it to
+            () to leave them as they are.
+    """
+
+    channels_last_on: tuple[str, ...] = ("cuda",)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
+        """What `to`, `half` and the like do."""
+        module = super()._apply(fn, recurse)
+        self._lay_out_weights()
+        return module
+
+    def _lay_out_weights(self) -> None:
+        for weight in self.parameters():
+            if weight.ndim == 4 and weight.device.type in self.channels_last_on:
+                weight.data = weight.data.contiguous(memory_format=torch.channels_last)
 
     @classmethod
     def from_pretrained(
@@ -90,6 +111,8 @@ class LoadableUNet(UNet2DConditionModel):
     def from_unet(cls: type[T], unet: UNet2DConditionModel) -> T:
         """Make a student of a UNet: it shares every module and parameter, nothing is copied.
 
+        On a GPU the weights of convolutions, the UNet's own, are laid out in channels_last.
+
         Args:
             unet: any Stable Diffusion UNet, adapters and all.
 
@@ -102,7 +125,9 @@ class LoadableUNet(UNet2DConditionModel):
         """
         check_is_unet(unet)
         check_architecture(unet)
-        return _shared(unet, cls)
+        student = _shared(unet, cls)
+        student._lay_out_weights()
+        return student
 
     def to_unet(self) -> UNet2DConditionModel:
         """A plain UNet of the student: it shares every module and parameter, nothing is copied."""

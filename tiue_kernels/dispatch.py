@@ -49,6 +49,7 @@ class Capability:
         layouts: memory formats that are read in place. Others are copied first.
         compute_capability: the least that a GPU needs, (0, 0) where the backend needs no GPU.
         limit: what else a call must keep.
+        yields: where another backend is faster, so that it is left out unless forced.
         missing: why what it needs is not installed, or None.
     """
 
@@ -56,6 +57,7 @@ class Capability:
     layouts: frozenset[str] = LAYOUTS
     compute_capability: tuple[int, int] = (8, 0)
     limit: Limit | None = None
+    yields: Limit | None = None
     missing: Callable[[], str | None] | None = None
 
 
@@ -184,11 +186,8 @@ def select(operator: str, direction: str, args: tuple[Any, ...]) -> str:
     """
     forced = forced_backends(operator)
     key = _key(args)
-    for backend, limit in _able(operator, key, forced):
-        if limit is None:
-            return backend
-        named = dict(zip(ARGUMENTS[operator][direction], args, strict=False))
-        reason = limit(direction, named, key.compute_capability)
+    for backend, limits in _able(operator, key, forced):
+        reason = _broken(limits, operator, direction, args, key)
         if reason is None:
             return backend
         _tell_once(operator, backend, (reason,))
@@ -200,17 +199,34 @@ def select(operator: str, direction: str, args: tuple[Any, ...]) -> str:
 @functools.cache
 def _able(
     operator: str, key: _Key, forced: tuple[str, ...]
-) -> tuple[tuple[str, Limit | None], ...]:
-    """Backends that serve calls of this key, in the order to try, each with its limit."""
+) -> tuple[tuple[str, tuple[Limit, ...]], ...]:
+    """Backends that serve calls of this key, in the order to try, each with its limits."""
     able = []
     order = _order(operator, key, forced)
     for backend in order:
         reasons = _refusals(operator, backend, key)
         if not reasons:
-            able.append((backend, TABLE[operator][backend].limit))
+            able.append((backend, _limits(operator, backend, forced)))
         elif len(order) > 1:
             _tell_once(operator, backend, reasons)
     return tuple(able)
+
+
+def _limits(operator: str, backend: str, forced: tuple[str, ...]) -> tuple[Limit, ...]:
+    row = TABLE[operator][backend]
+    both = (row.limit, None if forced else row.yields)
+    return tuple(limit for limit in both if limit is not None)
+
+
+def _broken(
+    limits: tuple[Limit, ...], operator: str, direction: str, args: tuple[Any, ...], key: _Key
+) -> str | None:
+    """The first limit that a call does not keep, as a reason."""
+    if not limits:
+        return None
+    named = dict(zip(ARGUMENTS[operator][direction], args, strict=False))
+    reasons = (limit(direction, named, key.compute_capability) for limit in limits)
+    return next((reason for reason in reasons if reason is not None), None)
 
 
 def explain(operator: str, *tensors: torch.Tensor) -> str:
@@ -249,10 +265,9 @@ def _describe(operator: str, args: tuple[Any, ...], direction: str | None = None
     lines, chosen = [], False
     for backend in dict.fromkeys((*order, *PREFERENCE)):
         reasons = list(_refusals(operator, backend, key))
-        limit = None if reasons else TABLE[operator][backend].limit
-        if direction is not None and limit is not None:
-            named = dict(zip(ARGUMENTS[operator][direction], args, strict=False))
-            reason = limit(direction, named, key.compute_capability)
+        if direction is not None and not reasons:
+            limits = _limits(operator, backend, forced)
+            reason = _broken(limits, operator, direction, args, key)
             reasons = [reason] if reason else []
         if not reasons and backend not in order:
             reasons = [f"tensors on a CPU take {' or '.join(ON_CPU)}"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -17,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from tiue_kernels import dispatch
 from tiue_kernels.ops._library import OPERATORS
 
 aten = torch.ops.aten
@@ -134,6 +136,7 @@ def facts(x: torch.Tensor) -> tuple[Any, ...]:
 def absent_gpu(capability: tuple[int, int] = (9, 0)) -> Iterator[CudaRules]:
     """Tensors on "cuda" are fake inside, and every call is held to CUDA's rules."""
     rules = CudaRules()
+    properties = SimpleNamespace(name="a GPU that is absent", multi_processor_count=132)
 
     def launch(self, *args: Any, **kwargs: Any) -> None:
         rules.launch(self, *args, **kwargs)
@@ -141,10 +144,14 @@ def absent_gpu(capability: tuple[int, int] = (9, 0)) -> Iterator[CudaRules]:
     with ExitStack() as stack:
         for owner, name, value in (
             (torch.cuda, "get_device_capability", lambda device=None: capability),
+            (torch.cuda, "get_device_properties", lambda device=None: properties),
+            (torch.cuda, "get_device_name", lambda device=None: properties.name),
             (torch.cuda, "device", lambda device: ExitStack()),
             (triton.runtime.jit.JITFunction, "run", launch),
         ):
             stack.enter_context(mock.patch.object(owner, name, value))
+        dispatch.reset()  # what it remembers of devices
+        stack.callback(dispatch.reset)
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(rules)
         yield rules

@@ -331,3 +331,23 @@ class TestBadInput:
         student = TiUEUNet.from_unet(make_unet("sd1"))
         with pytest.raises(InputError, match=message):
             student.predict_noise(latents.double(), timesteps, make_inputs()["prompt_embeds"])
+
+
+@torch.no_grad()
+def test_weights_are_laid_out_for_a_device_that_wants_it(tmp_path, monkeypatch) -> None:
+    """As on a GPU: where the student is made, and where it is brought to another dtype."""
+    unet = make_unet("sd1")
+    inputs = (make_inputs()["latents"], [751, 1], make_inputs()["prompt_embeds"])
+    expected = TiUEUNet.from_unet(unet).predict_noise(*inputs)
+    monkeypatch.setattr(TiUEUNet, "channels_last_on", ("cpu",))
+    student = TiUEUNet.from_unet(unet)
+    for laid in (student, TiUEUNet.from_unet(make_unet("sd1").float()).double()):
+        convs = [module for module in laid.modules() if isinstance(module, torch.nn.Conv2d)]
+        assert all(c.weight.is_contiguous(memory_format=torch.channels_last) for c in convs)
+    assert student.conv_in.weight is unet.conv_in.weight
+    features = student.encode(inputs[0], 751, inputs[2])
+    assert all(s.is_contiguous(memory_format=torch.channels_last) for s in features.skips)
+    assert relative_error(student.predict_noise(*inputs), expected) <= EXACT_RELATIVE
+    student.save_pretrained(tmp_path)
+    loaded = TiUEUNet.from_pretrained(tmp_path)
+    assert torch.equal(loaded.conv_in.weight, student.conv_in.weight)

@@ -1,10 +1,12 @@
 """Convolutions of shared and of own rows, alone and behind their norms."""
 
 import torch
+import torch.nn.functional as F
 
 from tiue_kernels import dispatch, ops
 from tiue_kernels.checks import Checks
 from tiue_kernels.functional.norms import check_broadcast_add, check_shared_skip
+from tiue_kernels.layout import memory_format
 
 # Public operators that are others in disguise, with what runs in them.
 dispatch.MADE_OF["split_conv2d"] = ("conv2d",)
@@ -35,6 +37,8 @@ def conv2d(
     checks.maps(x=x)
     checks.convolution(x.shape[1], weight)
     x, weight, bias = checks.one_dtype(lower=True, x=x, weight=weight, bias=bias)
+    if _is_product(x, weight, padding):
+        return product_of_pixels(x, weight, bias)
     return ops.conv2d.forward(x, weight, bias, _pair(padding), 0)
 
 
@@ -72,6 +76,11 @@ def split_conv2d(
         lower=True, hidden=hidden, skip=skip, weight=weight, bias=bias
     )
     pads = _pair(padding)
+    if skip.shape[1] and _is_product(hidden, weight, padding):
+        return (
+            product_of_pixels(hidden, weight[:, :border], None),
+            product_of_pixels(skip, weight[:, border:], bias),
+        )
     if skip.shape[1] and not dispatch.is_reference("split_conv2d"):
         out = ops.conv2d.forward(hidden, weight, None, pads, 0)
         return out, ops.conv2d.forward(skip, weight, bias, pads, border)
@@ -249,6 +258,36 @@ def upsample_conv2d(
     )
     x, weight, bias = checks.one_dtype(lower=True, x=x, weight=weight, bias=bias)
     return ops.upsample_conv2d.forward(x, weight, bias)
+
+
+def _is_product(x: torch.Tensor, weight: torch.Tensor, padding: int | tuple[int, ...]) -> bool:
+    """Whether a convolution is a product of pixels that lie as tokens, on a GPU."""
+    return (
+        x.is_cuda
+        and weight.shape[2:] == (1, 1)
+        and set(_pair(padding)) == {0}
+        and memory_format(x) == torch.channels_last
+        and not dispatch.is_reference("conv2d")
+    )
+
+
+def product_of_pixels(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """A 1 x 1 convolution of a map in channels_last as one matrix product.
+
+    cuDNN would copy a slice of the weight, and torch adds the bias in a kernel of its own; a
+    product reads the slice where it lies and adds the bias as it writes.
+
+    Args:
+        x: [rows, C, H, W].
+        weight: [C_out, C, 1, 1], or a slice of its input channels.
+        bias: [C_out].
+
+    Returns:
+        [rows, C_out, H, W] in channels_last.
+    """
+    return F.linear(x.permute(0, 2, 3, 1), weight[:, :, 0, 0], bias).permute(0, 3, 1, 2)
 
 
 def _pair(padding: int | tuple[int, ...]) -> list[int]:

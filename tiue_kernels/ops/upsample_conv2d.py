@@ -1,5 +1,6 @@
 """conv2d(nearest x2 upsampling) as four 2 x 2 convolutions on the small map, one a phase."""
 
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -14,6 +15,9 @@ from tiue_kernels.ops._library import declare, rows_like
 # Summing the taps reads and writes the weight a few times over. On two CPU cores at 1280 channels
 # that took 62 ms; the four convolutions saved 51 ms at 4 x 4 x 4 rows and 99 ms at 4 x 8 x 8.
 LEAST_PIXELS = 256
+# On a GPU, for each byte of an element: the product of the taps moves 32 elements more a pair of
+# channels, and phases save 40 operations a pixel. Derived for 400 TFLOP/s and 2.7 TB/s, twice over.
+LEAST_PIXELS_ON_GPU = 236
 
 
 def _has_phases(x: torch.Tensor, weight: torch.Tensor) -> bool:
@@ -21,7 +25,10 @@ def _has_phases(x: torch.Tensor, weight: torch.Tensor) -> bool:
 
     Winograd's form of that takes 2.25 multiplications an output, phases take 4.
     """
-    if x.shape[0] * x.shape[2:].numel() < LEAST_PIXELS:
+    pixels = x.shape[0] * x.shape[2:].numel()
+    if x.is_cuda:
+        return pixels >= LEAST_PIXELS_ON_GPU * x.element_size()
+    if pixels < LEAST_PIXELS:
         return False
     call = (x, weight, None, [1, 1], 0)
     return not (winograd.serves(*call[:4]) and dispatch.select("conv2d", "fwd", call) == "cpu")
@@ -30,6 +37,8 @@ def _has_phases(x: torch.Tensor, weight: torch.Tensor) -> bool:
 def _run_forward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     if not _has_phases(x, weight):
         return like(conv2d.forward(_doubled(x), weight, bias, [1, 1], 0), x)
+    if x.is_cuda:
+        return phases_at_once(x, weight, bias)
     rows, _, height, width = x.shape
     padded = F.pad(x, (1, 1, 1, 1))
     out = rows_like(x, rows, weight.shape[0], 2 * height, 2 * width)
@@ -37,6 +46,53 @@ def _run_forward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
         window = padded[:, :, i : i + height + 1, j : j + width + 1]
         out[:, :, i::2, j::2] = F.conv2d(window, kernel, bias)
     return out
+
+
+def phases_at_once(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """The four phases as one convolution, for a GPU: three kernels in the place of 26.
+
+    The taps are summed by one product, into a kernel [4 C_out, C_in, 2, 2] in channels_last whose
+    outputs are ordered by channel, then by phase. With a border of zeros the window of phase i at
+    the small map's row y is the convolution's row y + i.
+    """
+    rows, _, height, width = x.shape
+    channels_out, channels = weight.shape[:2]
+    taps = weight.permute(0, 2, 3, 1).reshape(channels_out, 9, channels)
+    sums = _tap_sums(weight).expand(channels_out, 16, 9)
+    kernel = sums.bmm(taps)  # (C_out, phases * taps, C_in)
+    kernel = kernel.view(4 * channels_out, 2, 2, channels).permute(0, 3, 1, 2)
+    phases = F.conv2d(like(x, x), kernel, padding=1)  # (rows, 4 C_out, H + 1, W + 1)
+    row, channel, down, right = phases.stride()
+    windows = phases.as_strided(
+        (rows, channels_out, height, 2, width, 2),
+        (row, 4 * channel, down, 2 * channel + down, right, channel + right),
+        phases.storage_offset(),
+    )
+    out = rows_like(x, rows, channels_out, 2 * height, 2 * width)
+    spread = out.unflatten(3, (width, 2)).unflatten(2, (height, 2))
+    if bias is None:
+        spread.copy_(windows)
+    else:
+        torch.add(windows, bias[:, None, None, None, None], out=spread)
+    return out
+
+
+@functools.cache
+def _tap_sums_on(device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """[16, 9]: which of the 3 x 3 taps each of the 2 x 2 taps of the four phases sums."""
+    # An even phase reads the taps as 0 | 1 2, an odd one as 0 1 | 2.
+    axis = torch.tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], dtype=torch.float64)
+    sums = torch.einsum("iay,jbx->ijabyx", axis, axis).reshape(16, 9)
+    return sums.to(device, dtype)
+
+
+def _tap_sums(weight: torch.Tensor) -> torch.Tensor:
+    if type(weight) in (torch.Tensor, torch.nn.Parameter):
+        return _tap_sums_on(weight.device, weight.dtype)
+    # Not kept of a weight without data: this matrix would have none either.
+    return _tap_sums_on.__wrapped__(weight.device, weight.dtype)
 
 
 def _reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
