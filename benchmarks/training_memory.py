@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from diffusers import DDIMScheduler
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.configs import CONFIGS, NUM_TOKENS
@@ -39,13 +40,17 @@ _FLOAT, _HALF = 4, 2
 _MOMENTS = {"adam": 8.0, "adamw": 8.0, "adamw8bit": 2 * (1 + 4 / 256)}
 
 
-def _unet(model: str, dtype: torch.dtype) -> TiUEUNet:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)  # made so: fake parameters cannot be changed to it
-    try:
-        return TiUEUNet(**CONFIGS[model])
-    finally:
-        torch.set_default_dtype(before)
+def _without_data(network: nn.Module) -> None:
+    """Put fake tensors on the CPU, where autocast is, in the place of meta ones; in a fake mode.
+
+    Made on the meta device first: a fake parameter cannot be moved or cast as PEFT does it.
+    """
+    for module in network.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            fake = torch.empty(parameter.shape, dtype=parameter.dtype)
+            setattr(module, name, nn.Parameter(fake, parameter.requires_grad))
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
 
 
 def _text(unet: Any, rows: int) -> Text:
@@ -60,12 +65,20 @@ def saved_bytes(config: DistillConfig, model: str) -> dict[str, int]:
     scheduler: DDIMScheduler = stable_diffusion_scheduler()
     schedule = OnePassSchedule.from_scheduler(scheduler, config.num_decoder_steps)
     found = {}
-    mixed = torch.autocast("cpu", torch.bfloat16, enabled=config.mixed_precision == "bf16")
-    with FakeTensorMode(allow_non_fake_inputs=True), mixed:
-        unet = _unet(model, torch.bfloat16 if config.student_lora_rank else torch.float32).train()
+    with torch.device("meta"):
+        half = torch.bfloat16 if config.student_lora_rank else torch.float32
+        unet = TiUEUNet(**CONFIGS[model]).to(half).train()
         if config.student_lora_rank:
             add_student_lora(unet, config)
-        checkpoint_blocks(unet, config)
+        frozen = TiUEUNet(**CONFIGS[model]).to(torch.bfloat16)
+        noises = NoiseSchedule(scheduler)
+        teacher = Teacher(frozen, noises, config.lora_rank, config.lora_alpha)
+    checkpoint_blocks(unet, config)
+    mixed = torch.autocast("cpu", torch.bfloat16, enabled=config.mixed_precision == "bf16")
+    with FakeTensorMode(allow_non_fake_inputs=True), mixed:
+        _without_data(unet)
+        _without_data(frozen)
+        teacher.lora_parameters = [p for p in frozen.parameters() if p.requires_grad]
         size = unet.config.sample_size
         latents = torch.empty(config.batch_size, 4, size, size)
         text = _text(unet, config.batch_size)
@@ -75,8 +88,6 @@ def saved_bytes(config: DistillConfig, model: str) -> dict[str, int]:
             losses.vsd_loss(schedule.combine(latents, noise), latents)
             losses.kl_loss(noise)
         found["student"] = saved.total
-        frozen = _unet(model, torch.bfloat16)
-        teacher = Teacher(frozen, NoiseSchedule(scheduler), config.lora_rank, config.lora_alpha)
         saved = SavedBytes(frozen)
         with saved:
             timesteps = torch.zeros(config.batch_size, dtype=torch.int64)
