@@ -52,7 +52,8 @@ def _reference(
     if back.shape[1]:
         front = torch.cat([front, back.repeat(len(front) // max(len(back), 1), 1, 1, 1)], dim=1)
     out = F.conv2d(front, weight, bias, padding=padding)
-    return out, out.new_zeros(out[: len(back)].shape if back.shape[1] else 0), *stats
+    shared = torch.zeros_like(out[: len(back)]) if back.shape[1] else out.new_zeros(0)
+    return out, shared, *stats
 
 
 def _fake(
