@@ -142,8 +142,8 @@ def planted(fault: Fault) -> Iterator[Path]:
         for name in ("tiue_kernels", "csrc", "tests/tiue_kernels"):
             ignored = shutil.ignore_patterns("__pycache__", "*.so", "*.sources")
             shutil.copytree(ROOT / name, root / name, ignore=ignored)
-        for name in ("pyproject.toml", "tests/conftest.py", "tests/tolerances.py"):
-            shutil.copy(ROOT / name, root / name)
+        for source in (ROOT / "pyproject.toml", *(ROOT / "tests").glob("*.py")):
+            shutil.copy(source, root / source.relative_to(ROOT))
         path = root / fault.file
         text = path.read_text()
         assert text.count(fault.right) == 1, f"{fault.what}: its place in {fault.file} is gone"

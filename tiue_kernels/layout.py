@@ -1,6 +1,7 @@
 """The memory formats that the operators keep: plain contiguous and channels_last."""
 
 import torch
+from torch._prims_common import suggest_memory_format
 
 
 def memory_format(x: torch.Tensor) -> torch.memory_format:
@@ -35,6 +36,9 @@ def convolved_like(x: torch.Tensor, weight: torch.Tensor, rows: int, *size: int)
 
 
 def convolved_format(x: torch.Tensor, weight: torch.Tensor) -> torch.memory_format:
-    """channels_last where the map or the weight is, as torch's own convolutions give."""
-    formats = (memory_format(x), memory_format(weight))
+    """channels_last where the map or the weight is, as torch's own convolutions give.
+
+    Of a weight the strides decide, also where it is 1 x 1 and both formats are one in memory.
+    """
+    formats = (memory_format(x), suggest_memory_format(weight))
     return torch.channels_last if torch.channels_last in formats else torch.contiguous_format

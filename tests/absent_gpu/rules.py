@@ -74,6 +74,7 @@ RULES = {
     aten.native_layer_norm.default: _layer_norm,
     aten.native_layer_norm_backward.default: _layer_norm_backward,
     aten.convolution.default: _convolution,
+    aten.conv2d.default: _convolution,
 }
 
 
@@ -115,7 +116,11 @@ class CudaRules(TorchDispatchMode):
             given = OPERATORS[operator].launchers[direction](*args)
         for i, (fake, real) in enumerate(zip(said, tree_leaves(given), strict=True)):
             if facts(fake) != facts(real):
-                raise CudaError(f"{name}: output {i} is {facts(real)}, its fake {facts(fake)}")
+                laid = [x.stride() for x in tree_leaves(args) if isinstance(x, torch.Tensor)]
+                raise CudaError(
+                    f"{name}: output {i} is {facts(real)}, its fake {facts(fake)}; the strides of "
+                    f"its arguments are {laid}"
+                )
         return given
 
     def launch(self, kernel: Any, *args: Any, grid: Any = None, warmup: bool = False, **options):
