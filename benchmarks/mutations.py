@@ -312,14 +312,14 @@ MUTATIONS = (
     ),
     Mutation(
         "tiue/distill/teacher.py",
-        "output = empty + guidance_scale",
+        "output = empty_half + guidance_scale",
         "output = conditional + guidance_scale",
         TEACHER,
     ),
     Mutation(
         "tiue/distill/teacher.py",
-        "1, 1), empty_embeds, prompt_embeds)",
-        "1, 1), prompt_embeds, empty_embeds)",
+        "(own.ndim - 1)), none, own)",
+        "(own.ndim - 1)), own, none)",
         TEACHER,
     ),
     Mutation(

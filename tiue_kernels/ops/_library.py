@@ -133,9 +133,10 @@ def _enter(operator: Any, launch: Run, *args: Any) -> Any:
 
 
 def _is_traced(tensors: list[torch.Tensor]) -> bool:
-    """Whether a mode, a transform or a tensor without data has to see the operator itself."""
+    """Whether a mode, a transform, a profiler or a tensor without data has to see the operator."""
     return (
-        torch._C._len_torch_dispatch_stack() > 0
+        torch.autograd.profiler._is_profiler_enabled
+        or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._get_tracing_state() is not None
         or any(type(tensor) not in _DENSE or tensor.is_meta for tensor in tensors)
