@@ -60,7 +60,12 @@ def calls(draw: Callable[..., Any], backend: str) -> Call:
         if not plain:
             kind = draw(st.sampled_from(["noise", "noise", "zero", "constant", "far"]))
             scale = 2.0 ** draw(st.integers(-power, 0 if score else power))
-            x = {"noise": x, "zero": 0 * x, "constant": 0 * x + 1.1, "far": x + 30}[kind] * scale
+            x = {
+                "noise": x,
+                "zero": 0 * x,
+                "constant": 0 * x + 1.1,
+                "far": x + (1 if score else 30),
+            }[kind] * scale
             if special is not None and not score and x.numel():
                 x.view(-1)[draw(st.integers(0, x.numel() - 1))] = special
         x = x.to(dtype)
@@ -138,7 +143,7 @@ def _attention(tensor: Any, size: Any) -> Call:
     keys = size(40)
     tensors = {
         # Finite, since torch takes a score of -inf for a mask, wherever it came from; and scores
-        # of thousands at most, since no float32 logsumexp tells larger ones apart (numerics.md).
+        # of hundreds at most: a float32 logsumexp does not tell large ones apart (numerics.md).
         "query": tensor(timesteps * batch, size(20), heads * width, score=True),
         "key": tensor(batch, keys, heads * width, score=True),
         "value": tensor(batch, keys, heads * width),
@@ -194,7 +199,8 @@ def _terms(call: Call) -> float:
         return 0.0
     query, key, value = (call.tensors[n].float().abs() for n in ("query", "key", "value"))
     largest = torch.nan_to_num(value, posinf=0.0).max()
-    return (largest * max(1.0, query.max().item(), key.max().item())).item()
+    rows, tokens, _ = query.shape
+    return rows * tokens * (largest * max(1.0, query.max().item(), key.max().item())).item()
 
 
 def faults(call: Call, backend: str) -> list[str]:
