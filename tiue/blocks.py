@@ -6,6 +6,7 @@ is called whole, over repeated shared tensors: right, only slower, and said once
 What may read other rows of its batch than its own is called once a timestep, with B rows.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -132,7 +133,7 @@ def _map(
     rows, _, height, width = residual.shape
     weights = _projection(transformer.proj_out)
     in_place = memory_format(residual) == torch.channels_last  # tokens are such a map already
-    if weights is None or weights.runs_beside(tokens.shape[:-1].numel()):
+    if weights is None or weights.runs_beside(math.prod(tokens.shape[:-1])):
         in_place = False
     elif weights.down is not None:
         in_place = True

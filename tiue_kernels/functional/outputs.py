@@ -1,5 +1,7 @@
 """What is done with the K model outputs."""
 
+import math
+
 import torch
 
 from tiue_kernels import ops
@@ -55,7 +57,7 @@ def noise_kl(noise_pred: torch.Tensor) -> torch.Tensor:
     """
     checks = Checks("noise_kl")
     checks.require(
-        noise_pred.ndim >= 3 and noise_pred.shape[-3:].numel() >= 2,
+        noise_pred.ndim >= 3 and math.prod(noise_pred.shape[-3:]) >= 2,
         f"noise_pred must be [..., C, H, W] with two values a map or more, got "
         f"{tuple(noise_pred.shape)}",
     )

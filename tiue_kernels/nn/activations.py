@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ def feed_forward(
         return block(norm(tokens))
     gate, dropout, *rest = block.net
     weights = [weights_of(layer, nn.Linear) for layer in (gate.proj, rest[0])]
-    positions = tokens.shape[:-1].numel()
+    positions = math.prod(tokens.shape[:-1])
     first, second = (None if w is None or w.runs_beside(positions) else w for w in weights)
     if is_idle(dropout) and first is not None and second is not None:
         fused = is_affine_layer_norm(norm)

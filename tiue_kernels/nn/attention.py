@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -179,7 +180,7 @@ def _norm_project(
     if len(parts) < len(projections) or not is_affine_layer_norm(norm):
         tokens = norm(tokens)
         return [layer(tokens) for layer in projections]
-    positions = tokens.shape[:-1].numel()
+    positions = math.prod(tokens.shape[:-1])
     beside = [part.runs_beside(positions) for part in parts]
     weights = [
         part.layer.weight if aside else part.merged(slot)

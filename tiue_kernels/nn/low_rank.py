@@ -14,6 +14,7 @@ PEFT's layers are known by name, as diffusers' are: this package imports neither
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -181,7 +182,7 @@ def weights_of_conv(conv: Any) -> Weights | None:
 def linear(layer: Any, x: torch.Tensor) -> torch.Tensor:
     """layer(x); of a linear layer with LoRAs one product, where that is less work."""
     weights = weights_of(layer, nn.Linear)
-    if weights is None or weights.down is None or weights.runs_beside(x.shape[:-1].numel()):
+    if weights is None or weights.down is None or weights.runs_beside(math.prod(x.shape[:-1])):
         return layer(x)
     return F.linear(x, weights.merged(), weights.bias)
 

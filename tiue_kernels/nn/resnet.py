@@ -6,6 +6,7 @@ changes them, so the result is the block's own in every case; so are those of th
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -149,7 +150,7 @@ def _second_half(
                 lambda weight, bias: broadcast_add_group_norm_silu_conv2d(
                     *inputs, weight, bias, norm.eps, scale_shift, weights.layer.padding
                 ),
-                projected.shape[0] * shared.shape[2:].numel(),
+                projected.shape[0] * math.prod(shared.shape[2:]),
             )
         out = broadcast_add_group_norm_silu(*inputs, norm.eps, scale_shift)
         return run_conv(conv, block.dropout(out))
