@@ -86,8 +86,7 @@ def shared_skip_layer_norm_linear(
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     own, shared = hidden.to(dtype), skip.to(dtype)
     border, width = hidden.shape[-1], hidden.shape[-1] + skip.shape[-1]
-    # Moments about the hidden half's own mean would be safest; in float32 and with widths of
-    # thousands, sums of squared deviations from the joint mean are as good and need one pass more.
+    # Squared deviations, not squares less a squared mean, which cancel in float32.
     sum_shared = shared.sum(-1, keepdim=True)  # [B, N, 1]
     mean = residual(sum_shared, own.sum(-1, keepdim=True)) / width  # [K*B, N, 1]
     # sum (s - m)^2 = sum (s - m_s)^2 + D (m_s - m)^2, the first term once for all timesteps.

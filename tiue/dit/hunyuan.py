@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from diffusers import HunyuanDiT2DModel
-from torch import nn
 
 from tiue.dit.blocks import (
     adaptive_layer_norm,
@@ -221,5 +220,4 @@ def _is_plain_block(block: Any) -> bool:
         is_plain(block, "HunyuanDiTBlock")
         and is_plain(block.norm1, "AdaLayerNormShift")
         and is_plain_norm(block.norm1.norm)
-        and isinstance(block.norm1.linear, nn.Module)
     )

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from diffusers import SD3Transformer2DModel
 from diffusers.utils.peft_utils import apply_lora_scale
-from torch import nn
 
 from tiue.dit.blocks import adaptive_layer_norm, all_rows, gated_residual, is_plain_norm
 from tiue.dit.student import OnePassTransformer, TransformerFeatures, shared_timestep
@@ -186,8 +185,5 @@ def _is_plain(block: Any) -> bool:
         and block._chunk_size is None
         and is_plain(block.norm1, *norms)
         and is_plain(block.norm1_context, *norms)
-        and all(
-            isinstance(norm.norm, nn.LayerNorm) or is_plain_norm(norm.norm)
-            for norm in (block.norm1, block.norm1_context)
-        )
+        and all(is_plain_norm(norm.norm) for norm in (block.norm1, block.norm1_context))
     )
