@@ -19,7 +19,15 @@ from tqdm.auto import tqdm
 from tiue.errors import ArchitectureError, InputError
 from tiue.pipelines import inputs
 from tiue.pipelines.adapters import SafeAdapters
-from tiue.pipelines.parts import CompiledParts, Part, UNetPart, VAEPart, alone, is_compiled
+from tiue.pipelines.parts import (
+    CompiledParts,
+    Part,
+    UNetPart,
+    VAEPart,
+    alone,
+    is_compiled,
+    tokenizer_parts,
+)
 from tiue.pipelines.scheduler import OnePassScheduler, with_one_pass
 from tiue.schedule import OnePassSchedule, settings_of
 from tiue.stages import Stages, untimed
@@ -218,6 +226,7 @@ class OnePass(SafeAdapters, _Pipeline):
                 scheduler=OnePassScheduler(self.scheduler, schedule, steps, strength),
                 unet=UNetPart(self.unet, schedule, stages, self._compiled),
                 vae=VAEPart(self.vae, stages, self._compiled, checked),
+                **tokenizer_parts(self),
             )
             return super(OnePass, run).__call__(**arguments)
 

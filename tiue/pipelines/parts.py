@@ -46,6 +46,33 @@ class Part:
         return self._model(*args, **kwargs)
 
 
+class TokenizerPart(Part):
+    """A tokenizer that texts pass one at a time, in whatever thread and of whatever pipeline.
+
+    transformers' own write the padding and truncation of a call to the tokenizer and read them
+    there: of two calls at once one gets the other's lengths.
+    """
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with _lock_of(self._model):
+            return self._model(*args, **kwargs)
+
+    def tokenize(self, *args: Any, **kwargs: Any) -> Any:
+        """The tokenizer's; textual inversion's tokens are looked for by it."""
+        with _lock_of(self._model):
+            return self._model.tokenize(*args, **kwargs)
+
+
+def tokenizer_parts(pipe: Any) -> dict[str, TokenizerPart]:
+    """The tokenizers of a pipeline as its calls see them, by attribute."""
+    names = ("tokenizer", "tokenizer_2", "tokenizer_3")
+    return {
+        name: TokenizerPart(tokenizer)
+        for name in names
+        if (tokenizer := getattr(pipe, name, None)) is not None
+    }
+
+
 class UNetPart(Part):
     """A `TiUEUNet` whose call is the one pass of a schedule.
 
@@ -181,10 +208,12 @@ def alone(unet: Any, *others: Any) -> AbstractContextManager[Any]:
         getattr(model, "_hf_peft_config_loaded", False) or hasattr(model, "_hf_hook")
         for model in models
     )
-    if not changed:
-        return nullcontext()
+    return _lock_of(unet) if changed else nullcontext()
+
+
+def _lock_of(model: Any) -> threading.RLock:
     with _making:
-        return _locks.setdefault(unet, threading.RLock())
+        return _locks.setdefault(model, threading.RLock())
 
 
 def is_compiled(model: Any) -> bool:

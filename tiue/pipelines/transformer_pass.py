@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from tiue.dit import student_of
 from tiue.errors import InputError
 from tiue.pipelines import inputs
-from tiue.pipelines.parts import Part
+from tiue.pipelines.parts import Part, tokenizer_parts
 from tiue.pipelines.scheduler import OnePassScheduler, with_one_pass
 from tiue.schedule import OnePassSchedule, is_flow_matching
 
@@ -100,6 +100,7 @@ class TransformerPass(_Pipeline):
             _original=self,
             scheduler=scheduler,
             transformer=TransformerPart(self.transformer, scheduler),
+            **tokenizer_parts(self),
         )
         try:
             return super(TransformerPass, run).__call__(**arguments)

@@ -130,4 +130,7 @@ class TeacherConfig:
     # Pictures rendered, and encoded once: half of the time of a step else. The prompts and which
     # of a picture's facts they name are drawn anew at every step.
     pool: int = 65536
+    # Matrix products and convolutions in bfloat16: 0.38 s an update instead of 0.53, one core of
+    # an AMD EPYC with AVX512-BF16. Slower on a CPU without such instructions.
+    bf16: bool = False
     seed: int = 0

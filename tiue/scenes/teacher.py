@@ -13,6 +13,7 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
+from diffusers.models.attention_processor import AttnProcessor
 from diffusers.training_utils import EMAModel, compute_snr
 from diffusers.utils import make_image_grid
 from torch import nn
@@ -95,6 +96,10 @@ class TeacherTraining:
         self.tokenizer = train_tokenizer(list(VOCABULARY), 2048, MAX_PROMPT_TOKENS)
         # 1.1 x faster on a CPU than the default layout
         self.unet = build_unet(config).train().to(memory_format=torch.channels_last)
+        if config.bf16:
+            # A CPU takes ten times as long for the backward of scaled_dot_product_attention in
+            # bfloat16 as in float32: 9.7 ms a call at 32 x 64 tokens.
+            self.unet.set_attn_processor(AttnProcessor())
         self.text_encoder = build_text_encoder(config, self.tokenizer).train()
         self.scheduler = build_scheduler()
         self.parameters = [*self.unet.parameters(), *self.text_encoder.parameters()]
@@ -126,8 +131,9 @@ class TeacherTraining:
         mine = slice(rank, None, processes)
         noise, timesteps = noise[mine], timesteps[mine]
         noisy = self.scheduler.add_noise(self.latents[chosen[mine]].float(), noise, timesteps)
-        prompt_embeds = self.text_encoder(tokenize(self.tokenizer, prompts[mine]))
-        predicted = self.unet(noisy, timesteps, prompt_embeds.last_hidden_state).sample
+        with torch.autocast(self.unet.device.type, torch.bfloat16, enabled=config.bf16):
+            prompt_embeds = self.text_encoder(tokenize(self.tokenizer, prompts[mine]))
+            predicted = self.unet(noisy, timesteps, prompt_embeds.last_hidden_state).sample.float()
         snr = compute_snr(self.scheduler, timesteps)
         weight = snr.clamp(max=5.0) / snr
         loss = (weight * (predicted - noise).square().mean(dim=(1, 2, 3))).mean()

@@ -1,12 +1,9 @@
 """Tiny real transformers of each family, and their one pass with everything repeated K times."""
 
-from contextlib import contextmanager
-
 import torch
-import torch.nn.functional as F
 from diffusers import HunyuanDiT2DModel, PixArtTransformer2DModel, SD3Transformer2DModel
 from diffusers.models.embeddings import get_2d_rotary_pos_embed
-from diffusers.models.normalization import FP32LayerNorm, RMSNorm
+from torch.overrides import TorchFunctionMode
 
 from tiue.dit import (
     TiUEHunyuanDiT2DModel,
@@ -137,27 +134,17 @@ def repeated_form(model, border, latents, timesteps, text, given):
     return out.unflatten(0, (count, batch))[:, :, : latents.shape[1]]
 
 
-@contextmanager
-def exact(monkeypatch):
-    """What diffusers computes in float32 whatever it is given, in the dtype that it is given.
+class exact(TorchFunctionMode):  # noqa: N801
+    """What diffusers rounds to float32 whatever it is given stays float64.
 
-    Layer and RMS norms, rotary embeddings: else float64 would be known to 1e-7 only.
+    Layer and RMS norms, modulations, rotary embeddings: else float64 would be known to 1e-7 only,
+    and by how much depends on the processor.
     """
 
-    def layer_norm(self, inputs):
-        return F.layer_norm(inputs, self.normalized_shape, self.weight, self.bias, self.eps)
-
-    def rms_norm(self, inputs):
-        return F.rms_norm(inputs, tuple(self.dim), self.weight, self.eps)
-
-    def rotate(x, tables, **_options):
-        cos, sin = (table[None, None] for table in tables)
-        real, imaginary = x.unflatten(-1, (-1, 2)).unbind(-1)
-        return x * cos + torch.stack([-imaginary, real], dim=-1).flatten(3) * sin
-
-    with monkeypatch.context() as patch:
-        patch.setattr(FP32LayerNorm, "forward", layer_norm)
-        patch.setattr(RMSNorm, "forward", rms_norm)
-        patch.setattr("diffusers.models.embeddings.apply_rotary_emb", rotate)
-        patch.setattr("tiue.dit.blocks.apply_rotary_emb", rotate)
-        yield
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is torch.Tensor.float and args[0].dtype == torch.float64:
+            return args[0]
+        if func is torch.Tensor.to and args[0].dtype == torch.float64:
+            args = tuple(torch.float64 if given is torch.float32 else given for given in args)
+        return func(*args, **kwargs)

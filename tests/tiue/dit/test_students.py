@@ -25,13 +25,13 @@ def timesteps_of(count):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("count", "border", "size"), [(1, 1, 8), (2, 2, 8), (4, 3, 8), (8, 1, 6)])
-def test_the_pass_equals_the_repeated_form(family, count, border, size, monkeypatch):
+def test_the_pass_equals_the_repeated_form(family, count, border, size):
     model = build(family)
     if size != 8 and family in ("pixart", "pixart-sized"):
         size = 12  # its positions are made for one size, or interpolated
     latents, text, given = conditions(family, height=size, width=8)
     timesteps = timesteps_of(count)
-    with exact(monkeypatch), torch.no_grad():
+    with exact(), torch.no_grad():
         student = STUDENTS[family].from_transformer(model, border)
         got = student.predict_noise(latents, timesteps, text, **given)
         expected = repeated_form(model, border, latents, timesteps, text, given)
@@ -40,13 +40,13 @@ def test_the_pass_equals_the_repeated_form(family, count, border, size, monkeypa
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_gradients_of_every_parameter_equal_the_repeated_forms(family, monkeypatch):
+def test_gradients_of_every_parameter_equal_the_repeated_forms(family):
     model = build(family)
     latents, text, given = conditions(family)
     timesteps = timesteps_of(4)
     weight = torch.randn(4, 2, 4, 8, 8, dtype=torch.float64)
     grads = []
-    with exact(monkeypatch):
+    with exact():
         student = STUDENTS[family].from_transformer(model, 2)
         for noise in (
             student.predict_noise(latents, timesteps, text, **given),
@@ -59,24 +59,21 @@ def test_gradients_of_every_parameter_equal_the_repeated_forms(family, monkeypat
     # The repeated form computes what the shared blocks give twice, and throws one away.
     assert ours.keys() <= theirs.keys()
     assert len(ours) > 40
-    # Hunyuan's blocks round their modulation to float32 whatever they are given, and its gradient:
-    # before the sum over timesteps in one form, after it in the other.
-    bound = 1e-6 if family == "hunyuan" else 1e-9
     for name, grad in ours.items():
         torch.testing.assert_close(
-            grad, theirs[name], rtol=bound, atol=bound, msg=lambda m, name=name: f"{name}: {m}"
+            grad, theirs[name], rtol=1e-9, atol=1e-9, msg=lambda m, name=name: f"{name}: {m}"
         )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_combined_pass_equals_combining_the_predictions(family, monkeypatch):
+def test_the_combined_pass_equals_combining_the_predictions(family):
     latents, text, given = conditions(family)
     schedule = OnePassSchedule.from_scheduler(
         DDIMScheduler(beta_schedule="scaled_linear", steps_offset=1, clip_sample=False), 4
     )
-    with exact(monkeypatch), torch.no_grad():
+    with exact(), torch.no_grad():
         student = STUDENTS[family].from_transformer(build(family), 2)
-        timesteps = schedule.timesteps.double()
+        timesteps = schedule.timesteps
         expected = schedule.combine(
             latents, student.predict_noise(latents, timesteps, text, **given)
         )
@@ -117,11 +114,11 @@ def test_a_round_trip_keeps_weights_and_border_and_loads_in_diffusers(family, tm
 
 
 @pytest.mark.parametrize("family", ["pixart", "hunyuan", "sd3"])
-def test_a_hooked_block_is_called_whole_and_right(family, monkeypatch):
+def test_a_hooked_block_is_called_whole_and_right(family):
     model = build(family)
     latents, text, given = conditions(family)
     timesteps = timesteps_of(2)
-    with exact(monkeypatch), torch.no_grad():
+    with exact(), torch.no_grad():
         student = STUDENTS[family].from_transformer(model, 2)
         expected = student.predict_noise(latents, timesteps, text, **given)
         calls = []

@@ -57,6 +57,15 @@ def test_a_resumed_run_ends_with_the_same_bits(pool, tmp_path):
     )
 
 
+def test_bfloat16_loses_what_float32_does_and_keeps_its_weights_in_float32(pool):
+    exact, rounded = training(pool), training(pool, replace(TEACHER, bf16=True))
+    expected = [exact.step(step) for step in range(3)]
+    got = [rounded.step(step) for step in range(3)]
+    assert got == pytest.approx(expected, rel=0.02)
+    assert got != expected
+    assert {p.dtype for p in rounded.parameters} == {torch.float32}
+
+
 def test_a_checkpoint_of_another_size_is_refused(pool, tmp_path):
     run(training(pool), tmp_path, 1)
     with pytest.raises(CheckpointError, match="without --resume"):
