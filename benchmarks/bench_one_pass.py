@@ -198,7 +198,8 @@ def race(request, unet, case) -> Race:
     memory = option("--bench-memory")
     largest = case.latent_size == max(option("--bench-latents") or LATENTS)
     if memory is None:
-        memory = list(MEASURED_MEMORY) if largest else []
+        asked = option("--bench-forms") or MEASURED_MEMORY
+        memory = [form for form in MEASURED_MEMORY if form in asked] if largest else []
     left_out = []
     if unet.device.type == "cpu" and not largest and not option("--bench-forms"):
         left_out = [form for form in ONCE if form in forms]

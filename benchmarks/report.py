@@ -88,7 +88,7 @@ def race_rows(result: Result) -> list[list[str]]:
     """Lines of one file: case, form, times and what else was noted."""
     rows = []
     for case, forms in cases(result).items():
-        published = forms.get("published")
+        published = forms.get("published") or _best(forms, "published")
         for form, row in forms.items():
             stats, info = row["stats"], row["extra_info"]
             share = ""

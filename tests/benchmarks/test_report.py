@@ -126,6 +126,12 @@ def test_one_pass(root: Path) -> None:
     assert "Winograd's where that is faster" in text
 
 
+def test_forms_with_a_lora_are_held_against_the_published_form_with_it(root: Path) -> None:
+    forms = (row("case", "published-lora", 20.0), row("case", "tiue-lora", 12.5))
+    write(root, "bench_one_pass_lora.json", result(*forms))
+    assert "| 1.60 x |" in line(section(page(root), "One pass"), "| tiue-lora |")
+
+
 def test_where_we_lose_holds_our_best_against_each_rival(root: Path) -> None:
     write(root, "bench_one_pass.json", one_pass())
     slow = row("resnet", "published", 1.0), row("resnet", "tiue", 1.5)
