@@ -4,7 +4,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-SOURCES := tiue tiue_kernels tests benchmarks setup.py
+SOURCES := tiue tiue_kernels testing tests benchmarks setup.py
 PROMPTS := "red apple" "rocket" "cat face" "sun" "birthday cake" \
            "evergreen tree" "house" "pizza" "red heart" "octopus"
 

@@ -14,11 +14,11 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 
 from benchmarks import multiply_adds
-from benchmarks.configs import CONFIGS, NUM_TOKENS
 from benchmarks.interleave import Rival
 from benchmarks.models import draw_parameters
 from benchmarks.race import Case, Race, relative_difference, short
-from benchmarks.shapes import Attention, Resnet, Transformer, decoder
+from testing.configs import CONFIGS, NUM_TOKENS
+from testing.shapes import Attention, Resnet, Transformer, decoder
 from tiue_kernels.nn import resnet_block, transformer_block
 
 LATENTS = (64,)

@@ -23,16 +23,16 @@ from unittest import mock
 import torch
 from diffusers import UNet2DConditionModel
 
-from benchmarks import published_form
-from benchmarks.configs import CONFIGS
 from benchmarks.counted import write_result
 from benchmarks.interleave import Rival, interleave
 from benchmarks.markdown import table
 from benchmarks.models import draw_parameters, random_inputs, stable_diffusion_scheduler
-from benchmarks.operators import OPERATORS, kernel_backends
 from benchmarks.pretend_gpu import CAPABILITY, MULTIPROCESSORS
-from benchmarks.problem import Draw
-from benchmarks.shapes import decoder
+from testing import published_form
+from testing.configs import CONFIGS
+from testing.operators import OPERATORS, kernel_backends
+from testing.problem import Draw
+from testing.shapes import decoder
 from tiue import OnePassSchedule, TiUEUNet
 from tiue_kernels import dispatch, use_backend
 

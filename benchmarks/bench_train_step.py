@@ -13,12 +13,12 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from benchmarks import published_form
 from benchmarks.interleave import Rival, peak_bytes
 from benchmarks.models import random_unet
 from benchmarks.race import Race, relative_difference, short
 from benchmarks.rivals import Setting
 from benchmarks.saved_bytes import decoder_bytes
+from testing import published_form
 from tiue import TiUEUNet
 from tiue.devices import keep_freed_memory
 from tiue_kernels import cpu, functional

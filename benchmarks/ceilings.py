@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from benchmarks.interleave import interleave
-from benchmarks.machine import default_device, describe
+from benchmarks.machine import describe
+from testing.problem import default_device
 
 DTYPES = ("bfloat16", "float16", "float32")
 ROUNDS = 10

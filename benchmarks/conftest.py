@@ -8,9 +8,10 @@ import torch
 
 from benchmarks import ceilings as ceilings_of
 from benchmarks import race
-from benchmarks.configs import CONFIGS
-from benchmarks.machine import default_device, describe
+from benchmarks.machine import describe
 from benchmarks.operator_race import FORMS, Case, Race, run_race, tiny_cases
+from testing.configs import CONFIGS
+from testing.problem import default_device
 
 
 def pytest_addoption(parser):

@@ -24,8 +24,9 @@ import torch
 
 from benchmarks import ceilings, gpu_report, gpu_results
 from benchmarks.gpu_commands import Commands, Outcome, commit, nvidia_smi
-from benchmarks.machine import default_device, describe, slug
-from benchmarks.operators import OPERATORS, kernel_backends
+from benchmarks.machine import describe, slug
+from testing.operators import OPERATORS, kernel_backends
+from testing.problem import default_device
 from tiue_kernels import configs
 from tiue_kernels.build import LIBRARIES
 

@@ -68,7 +68,7 @@ def _sections(result: dict[str, Any]) -> Iterator[str]:
         yield (
             "## Operators\n\nK = 4, B = 1. Medians of rounds timed in turn, launches hidden, "
             "inputs out of L2. `tiue` is what is chosen by itself. Bytes and FLOPs are those that "
-            "cannot be avoided (`benchmarks/operators.py`), the same for every form. Where the "
+            "cannot be avoided (`testing/operators.py`), the same for every form. Where the "
             "tests are not green no speedup is given."
         )
     for operator in dict.fromkeys(row["operator"] for row in operators):

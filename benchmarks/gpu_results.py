@@ -8,7 +8,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from benchmarks.operators import OPERATORS, kernel_backends
+from testing.operators import OPERATORS, kernel_backends
 from tiue_kernels import dispatch
 
 GREEN, RED, UNTESTED = "green", "red", "not tested"
@@ -63,7 +63,7 @@ def gate(operator: str, form: str, parity: dict[str, Any] | None) -> str | None:
     """Whether the tests stand behind one form of an operator.
 
     Args:
-        operator: A key of `benchmarks.operators.OPERATORS`.
+        operator: A key of `testing.operators.OPERATORS`.
         form: Of `benchmarks.operator_race.FORMS`.
         parity: What `read_junit` returns, with `complete`; None where no test ran.
 

@@ -127,7 +127,7 @@ def _workplace(folder: Path) -> Path:
     """The tests and nothing of the packages, so that only what was installed can be imported."""
     work = folder / "checkout"
     work.mkdir()
-    for name in ("tests", "benchmarks"):
+    for name in ("tests", "testing", "benchmarks"):
         ignore = shutil.ignore_patterns("results", "__pycache__")
         shutil.copytree(ROOT / name, work / name, ignore=ignore)
     shutil.copy(ROOT / "pyproject.toml", work)

@@ -20,12 +20,12 @@ from typing import Any
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 
-from benchmarks import published_form
-from benchmarks.configs import CONFIGS, COUNTED
 from benchmarks.counted import write_result
 from benchmarks.markdown import table
 from benchmarks.models import random_inputs, stable_diffusion_scheduler
 from benchmarks.pretend_gpu import DEVICE, CudaError, Launch, PretendGpu
+from testing import published_form
+from testing.configs import CONFIGS, COUNTED
 from tiue import OnePassSchedule, TiUEUNet
 
 FORMS = ("published", "tiue", "one-step")
@@ -45,7 +45,7 @@ def count(
 
     Args:
         form: One of `FORMS`; `one-step` is the whole UNet once.
-        model: A key of `benchmarks.configs.CONFIGS`.
+        model: A key of `testing.configs.CONFIGS`.
         layout: Of the UNet's weights: "nchw" or "nhwc".
         latent_size: Height and width of the latents.
         batch: B.
@@ -125,7 +125,7 @@ def measure(models: Mapping[str, int] = COUNTED, forms: Sequence[str] = FORMS) -
     """Count every form and layout, for the report.
 
     Args:
-        models: Names of `benchmarks.configs.CONFIGS`, to the latents' height and width.
+        models: Names of `testing.configs.CONFIGS`, to the latents' height and width.
         forms: Of `FORMS`.
 
     Returns:

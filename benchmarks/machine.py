@@ -11,10 +11,7 @@ from typing import Any
 
 import torch
 
-
-def default_device() -> torch.device:
-    """Return the device that benchmarks run on here: CUDA where there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+from testing.problem import default_device
 
 
 def device_name(device: torch.device) -> str:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,15 +19,15 @@ import torch
 import typer
 from PIL import Image
 
-from tiue.cli import OneLineErrors
 from tiue.distill.settings import find_recipe, read_settings
 from tiue.errors import CheckpointError, InputError
 from tiue.evaluate.evaluation import Evaluation, Settings, evaluate
 from tiue.evaluate.models import OPENMOJI, OPENMOJI_TEACHER, Model, load_model, weights_hash
 from tiue.evaluate.protocol import METRICS, PRESETS
 from tiue.evaluate.result import load_result, save_result
+from tiue.files import write_json
 from tiue.openmoji.config import GUIDANCE_SCALE
-from tiue.openmoji.loop import replace, write_json
+from tiue.terminal import OneLineErrors
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "miniature"
@@ -152,7 +151,7 @@ def distil(row: Row) -> Path:
         InputError: The row's weights ship with the package.
     """
     from tiue.distill import DistillConfig, distill
-    from tiue.evaluate.openmoji import reference_pictures
+    from tiue.evaluate.openmoji_preset import reference_pictures
     from tiue.openmoji import WEIGHTS
     from tiue.openmoji.data import write_prompts
 
@@ -170,7 +169,7 @@ def distil(row: Row) -> Path:
             checkpoint_every=50, keep_checkpoints=1, save_pipeline=False, **settings,
         )
     )  # fmt: skip
-    replace(folder / "settings.json", partial(write_json, settings))
+    write_json(folder / "settings.json", settings)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return folder
 
@@ -208,7 +207,7 @@ def load_row(row: Row) -> Model:
 
 
 def _reconstruction() -> Model:
-    from tiue.evaluate.openmoji import reference_pictures
+    from tiue.evaluate.openmoji_preset import reference_pictures
     from tiue.evaluate.openmoji_training import reconstructions
 
     pictures = reference_pictures(WORK / "openmoji-pictures.safetensors")

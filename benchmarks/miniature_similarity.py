@@ -100,7 +100,7 @@ def predictions() -> dict[str, Any]:
 
 def _prompts() -> list[str]:
     from benchmarks.miniature import WORK
-    from tiue.evaluate.openmoji import reference_pictures
+    from tiue.evaluate.openmoji_preset import reference_pictures
 
     pictures = reference_pictures(WORK / "openmoji-pictures.safetensors")
     return draw_prompts(pictures.prompts, PROMPTS, 0)

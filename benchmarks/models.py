@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 
-from benchmarks.configs import CONFIGS, NUM_TOKENS
+from testing.configs import CONFIGS, NUM_TOKENS
 
 M = TypeVar("M", bound=torch.nn.Module)
 
@@ -19,7 +19,7 @@ def random_unet(
     """Build a UNet of a published size without computing diffusers' own slow initialisation.
 
     Args:
-        name: A key of `benchmarks.configs.CONFIGS`.
+        name: A key of `testing.configs.CONFIGS`.
         device: Where the weights are drawn.
         dtype: Their type.
         seed: The generator's seed.

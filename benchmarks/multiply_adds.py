@@ -18,10 +18,10 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks import published_form
-from benchmarks.configs import CONFIGS
 from benchmarks.markdown import table
 from benchmarks.models import random_inputs, stable_diffusion_scheduler
+from testing import published_form
+from testing.configs import CONFIGS
 from tiue import OnePassSchedule, TiUEUNet
 from tiue_kernels.ops.upsample_conv2d import LEAST_PIXELS
 
@@ -194,7 +194,7 @@ def count(
     Args:
         form: One of `FORMS`; `full-steps` is plain sampling, the whole UNet K times, and `one-step`
             the whole UNet once.
-        model: A key of `benchmarks.configs.CONFIGS`.
+        model: A key of `testing.configs.CONFIGS`.
         latent_size: Height and width of the latents.
         batch: B.
         num_decoder_steps: K.

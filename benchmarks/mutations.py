@@ -114,7 +114,7 @@ MUTATIONS = (
         _unet("any_batch"),
     ),
     Mutation(
-        "tiue/blocks.py",
+        "tiue/unet_blocks.py",
         'kwargs["gligen"], self.timesteps)',
         'kwargs["gligen"], 1)',
         _tests("tiue/test_unet.py", "gligen"),
@@ -126,16 +126,18 @@ MUTATIONS = (
         "noise",
         _tests("tiue/test_program.py"),
     ),
-    Mutation("tiue/weights.py", "    if missing:\n", "    if False:\n", WEIGHTS),
-    Mutation("tiue/weights.py", "    if shapes:\n", "    if False:\n", WEIGHTS),
-    Mutation("tiue/weights.py", "keys[:_SHOWN]", "keys[:_SHOWN - 1]", WEIGHTS),
+    Mutation("tiue/loading/weights.py", "    if missing:\n", "    if False:\n", WEIGHTS),
+    Mutation("tiue/loading/weights.py", "    if shapes:\n", "    if False:\n", WEIGHTS),
+    Mutation("tiue/loading/weights.py", "keys[:_SHOWN]", "keys[:_SHOWN - 1]", WEIGHTS),
     Mutation(
-        "tiue/weights.py",
+        "tiue/loading/weights.py",
         'if library not in ("diffusers", "transformers") and not',
         'if library in ("diffusers", "transformers") and False and not',
         WEIGHTS,
     ),
-    Mutation("tiue/weights.py", "if names and not student and kind", "if not kind", WEIGHTS),
+    Mutation(
+        "tiue/loading/weights.py", "if names and not student and kind", "if not kind", WEIGHTS
+    ),
     # Operators: what they mean
     Mutation(
         "tiue_kernels/reference/shared_skip_group_norm_silu.py",

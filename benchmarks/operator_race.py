@@ -18,11 +18,11 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torch._functorch import config as functorch_config
 
 from benchmarks.interleave import Rival, enter, interleave, peak_bytes
-from benchmarks.operators import OPERATORS, kernel_backends
-from benchmarks.problem import Draw, Problem, Tensors
-from benchmarks.shapes import SHAPES, decoder
-from tests.tiue_kernels.cuda.criterion import check, outputs_and_gradients
-from tests.tolerances import PRODUCT_FLOORS, ROUNDING_FLOORS
+from testing.criterion import check, outputs_and_gradients
+from testing.operators import OPERATORS, kernel_backends
+from testing.problem import Draw, Problem, Tensors
+from testing.shapes import SHAPES, decoder
+from testing.tolerances import PRODUCT_FLOORS, ROUNDING_FLOORS
 from tiue_kernels import BackendError, dispatch, use_backend
 
 OURS = ("tiue", "tiue-cuda", "tiue-triton", "tiue-reference")
@@ -36,8 +36,8 @@ class Case:
     """What is raced.
 
     Attributes:
-        operator: A key of `benchmarks.operators.OPERATORS`.
-        shape: A key of `benchmarks.shapes.SHAPES`.
+        operator: A key of `testing.operators.OPERATORS`.
+        shape: A key of `testing.shapes.SHAPES`.
         layout: Of the maps: "nchw" or "nhwc".
     """
 

@@ -20,9 +20,9 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.configs import CONFIGS
 from benchmarks.race import Case
 from benchmarks.rivals import FORMS, Setting
+from testing.configs import CONFIGS
 
 MEANING = (
     "growth of a fresh process's resident memory over the weights until its first pass is done, "

@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import tiue_kernels.cuda
-from benchmarks.problem import size
+from testing.problem import size
 from tiue_kernels import dispatch
 from tiue_kernels.ops._library import OPERATORS
 

@@ -18,7 +18,7 @@ class Case:
     """What is raced.
 
     Attributes:
-        model: A key of `benchmarks.configs.CONFIGS`.
+        model: A key of `testing.configs.CONFIGS`.
         latent_size: Height and width of the latents.
         batch: B.
         num_decoder_steps: K.

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import bench_host, counted, launches, multiply_adds, plots
-from benchmarks.configs import COUNTED
 from benchmarks.markdown import seconds, table
 from benchmarks.rivals import FORMS
+from testing.configs import COUNTED
 
 ROOT = Path(__file__).resolve().parents[1]
 START, END = "<!-- performance: python -m benchmarks.report -->", "<!-- /performance -->"

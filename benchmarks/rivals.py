@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 
-from benchmarks import published_form
 from benchmarks.interleave import Rival
 from benchmarks.models import (
     draw_parameters,
@@ -22,6 +21,7 @@ from benchmarks.models import (
     stable_diffusion_scheduler,
 )
 from benchmarks.race import Case
+from testing import published_form
 from tiue import OnePassSchedule, TiUEUNet
 from tiue.compiled import GraphedCall
 from tiue_kernels import cpu, use_backend

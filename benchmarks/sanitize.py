@@ -10,10 +10,9 @@ import sys
 
 import torch
 
-from benchmarks.machine import default_device
-from benchmarks.operators import OPERATORS, kernel_backends
-from benchmarks.problem import Draw
-from benchmarks.shapes import decoder
+from testing.operators import OPERATORS, kernel_backends
+from testing.problem import Draw, default_device
+from testing.shapes import decoder
 from tiue_kernels import BackendError, use_backend
 
 FORMS = ((torch.bfloat16, "nhwc"), (torch.float32, "nchw"))
@@ -24,7 +23,7 @@ def calls(operator: str, device: torch.device) -> int:
     """Call one operator on each of its backends.
 
     Args:
-        operator: A key of `benchmarks.operators.OPERATORS`.
+        operator: A key of `testing.operators.OPERATORS`.
         device: Where the kernels run. The numbers are drawn on the CPU, and torch's own kernels
             kept few: every one of them is watched as well.
 

@@ -16,9 +16,9 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from benchmarks import published_form
-from benchmarks.configs import CONFIGS, NUM_TOKENS
 from benchmarks.models import stable_diffusion_scheduler
+from testing import published_form
+from testing.configs import CONFIGS, NUM_TOKENS
 from tiue import OnePassSchedule, TiUEUNet
 from tiue.distill import losses
 

@@ -17,9 +17,9 @@ from diffusers import DDIMScheduler
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from benchmarks.configs import CONFIGS, NUM_TOKENS
 from benchmarks.models import stable_diffusion_scheduler
 from benchmarks.saved_bytes import SavedBytes
+from testing.configs import CONFIGS, NUM_TOKENS
 from tiue import OnePassSchedule, TiUEUNet
 from tiue.distill import losses
 from tiue.distill.config import DistillConfig

@@ -139,7 +139,7 @@ def planted(fault: Fault) -> Iterator[Path]:
     """A copy of the sources with one fault in it."""
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        for name in ("tiue_kernels", "csrc", "tests/tiue_kernels"):
+        for name in ("tiue_kernels", "csrc", "testing", "tests/tiue_kernels"):
             ignored = shutil.ignore_patterns("__pycache__", "*.so", "*.sources")
             shutil.copytree(ROOT / name, root / name, ignore=ignored)
         for source in (ROOT / "pyproject.toml", *(ROOT / "tests").glob("*.py")):

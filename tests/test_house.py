@@ -17,7 +17,7 @@ import tiue_kernels
 from tiue.openmoji.config import TEN_PROMPTS
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = ("tiue", "tiue_kernels", "benchmarks", "tests")
+FOLDERS = ("tiue", "tiue_kernels", "testing", "benchmarks", "tests")
 SOURCES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 
 

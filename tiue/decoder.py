@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from tiue.blocks import SharedContext, all_rows, call, mixes_rows, run_resnet, run_transformer
+from tiue.unet_blocks import SharedContext, all_rows, call, mixes_rows, run_resnet, run_transformer
 from tiue_kernels.nn import FusedUpsample2D
 from tiue_kernels.nn import upsampler as run_upsampler
 from tiue_kernels.nn.layers import is_plain, repeat_rows, tell_once

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from tiue.blocks import SharedContext, call, run_resnet, run_transformer
+from tiue.unet_blocks import SharedContext, call, run_resnet, run_transformer
 from tiue_kernels.nn.layers import is_plain
 
 

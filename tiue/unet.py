@@ -12,15 +12,15 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from diffusers.utils.peft_utils import apply_lora_scale
 from torch import nn
 
-from tiue.blocks import SharedContext
 from tiue.compiled import compile_call
 from tiue.decoder import decode_up_block
 from tiue.encoder import encode_down_block, encode_mid_block
 from tiue.errors import InputError
 from tiue.features import EncoderFeatures, as_timesteps, mask_to_bias
+from tiue.loading.unet import LoadableUNet
 from tiue.schedule import OnePassSchedule
 from tiue.stages import untimed
-from tiue.unet_loading import LoadableUNet
+from tiue.unet_blocks import SharedContext
 from tiue_kernels import functional
 from tiue_kernels.nn import norm_silu_conv
 from tiue_kernels.nn.layers import is_plain, repeat_rows

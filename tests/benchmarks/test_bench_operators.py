@@ -12,13 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import interleave, operators
+from benchmarks import interleave
 from benchmarks.interleave import CudaClock
 from benchmarks.operator_race import Case, run_race, tiny_cases
-from benchmarks.operators import OPERATORS
-from benchmarks.problem import Draw
-from benchmarks.shapes import SHAPES
-from tests.tiue_kernels.cuda.criterion import outputs_and_gradients
+from testing import operators
+from testing.criterion import outputs_and_gradients
+from testing.operators import OPERATORS
+from testing.problem import Draw
+from testing.shapes import SHAPES
 from tiue_kernels import dispatch, functional
 
 ROOT = Path(__file__).parents[2]

@@ -15,7 +15,7 @@ import torch
 
 from benchmarks import gpu, gpu_report, gpu_results
 from benchmarks.gpu_commands import Commands
-from benchmarks.operators import OPERATORS, kernel_backends
+from testing.operators import OPERATORS, kernel_backends
 
 ROOT = Path(__file__).parents[2]
 

@@ -8,8 +8,8 @@ from diffusers import UNet2DConditionModel
 pytest.importorskip("triton")
 
 from benchmarks import launches
-from benchmarks.configs import CONFIGS
 from benchmarks.pretend_gpu import DEVICE, CudaError, PretendGpu, pointers_touched
+from testing.configs import CONFIGS
 from tiue_kernels import functional
 from tiue_kernels.triton import group_norm, shared_skip_group_norm_silu
 

@@ -10,10 +10,10 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import published_form
-from benchmarks.configs import CONFIGS
 from benchmarks.models import random_inputs
 from benchmarks.multiply_adds import FORMULAS, FREE, Count, Counter, count, main
+from testing import published_form
+from testing.configs import CONFIGS
 from tiue_kernels import ops
 from tiue_kernels.nn import resnet_block, transformer_block
 from tiue_kernels.nn import upsampler as run_upsampler

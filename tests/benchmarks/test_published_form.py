@@ -8,7 +8,7 @@ import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from safetensors.torch import load_file
 
-from benchmarks import published_form
+from testing import published_form
 
 GOLDEN = Path(__file__).parents[3] / "shared" / "golden"
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from benchmarks.configs import CONFIGS, NUM_TOKENS
-from benchmarks.operators import OPERATORS, first_skip_channel
-from benchmarks.problem import Draw
-from benchmarks.shapes import SHAPES, Attention, Output, Resnet, decoder, select
+from testing.configs import CONFIGS, NUM_TOKENS
+from testing.operators import OPERATORS, first_skip_channel
+from testing.problem import Draw
+from testing.shapes import SHAPES, Attention, Output, Resnet, decoder, select
 from tiue import TiUEUNet
 from tiue_kernels import functional
 from tiue_kernels.nn import activations, attention, convolutions, resnet, upsampling

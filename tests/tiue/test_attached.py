@@ -12,8 +12,8 @@ from diffusers.models.attention import BasicTransformerBlock
 from torch._dynamo.testing import CompileCounter
 
 import tiue
+from testing.tolerances import relative_error
 from tests.tiue.tiny import tiny_pipeline, tiny_scheduler, tiny_unet
-from tests.tolerances import relative_error
 from tiue import OnePassSchedule, TiUEUNet
 
 PROMPTS = ["red apple", "rocket"]

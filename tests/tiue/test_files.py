@@ -11,7 +11,7 @@ from diffusers import StableDiffusionPipeline
 from peft import LoraConfig
 from safetensors.torch import save_file
 
-from benchmarks import published_form
+from testing import published_form
 from tests.tiue.single_file import save_single_file
 from tests.tiue.tiny import TEXT_DIM, tiny_pipeline
 from tests.tiue.unets import make_inputs, make_unet

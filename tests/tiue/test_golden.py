@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from testing.tolerances import GOLDEN_GRADIENT_RELATIVE, GOLDEN_RELATIVE, relative_error
 from tests.golden import CASES, GoldenCase, load_golden, requires_golden
-from tests.tolerances import GOLDEN_GRADIENT_RELATIVE, GOLDEN_RELATIVE, relative_error
 from tiue_kernels import cuda, dispatch, functional, use_backend
 
 pytestmark = requires_golden

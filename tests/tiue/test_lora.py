@@ -9,10 +9,10 @@ import torch
 from diffusers.utils.peft_utils import scale_lora_layers, unscale_lora_layers
 from peft import LoraConfig
 
-from benchmarks import published_form
+from testing import published_form
+from testing.tolerances import EXACT_RELATIVE, relative_error
 from tests.tiue.tiny import tiny_scheduler
 from tests.tiue.unets import make_conditioning, make_inputs, make_unet
-from tests.tolerances import EXACT_RELATIVE, relative_error
 from tiue import OnePassSchedule, TiUEUNet
 from tiue_kernels.nn import layers, low_rank
 from tiue_kernels.nn.low_rank import Weights, weights_of

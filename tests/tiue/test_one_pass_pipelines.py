@@ -12,7 +12,8 @@ from diffusers import ControlNetModel, EulerDiscreteScheduler, MultiControlNetMo
 from peft import LoraConfig
 
 import tiue
-from benchmarks import published_form
+from testing import published_form
+from testing.tolerances import PIPELINE_RELATIVE, relative_error
 from tests.tiue.published import PublishedUNet, published
 from tests.tiue.test_pipeline import ip_adapter_weights
 from tests.tiue.tiny import (
@@ -22,7 +23,6 @@ from tests.tiue.tiny import (
     tiny_xl_parts,
     tiny_xl_unet,
 )
-from tests.tolerances import PIPELINE_RELATIVE, relative_error
 
 STEPS = 3
 PROMPTS = ["red apple", "rocket"]

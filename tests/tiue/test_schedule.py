@@ -8,7 +8,7 @@ import diffusers
 import pytest
 import torch
 
-from tests.tolerances import EXACT_RELATIVE, relative_error
+from testing.tolerances import EXACT_RELATIVE, relative_error
 from tiue import OnePassSchedule
 from tiue.errors import InputError, SchedulerError
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, UNet2DConditionModel
 
+from testing.tolerances import EXACT_RELATIVE, relative_error
 from tests.tiue.unets import BATCH, CONFIGS, TOKENS, make_conditioning, make_inputs, make_unet
-from tests.tolerances import EXACT_RELATIVE, relative_error
 from tiue import OnePassSchedule, TiUEUNet
 from tiue.errors import ArchitectureError, CheckpointError, InputError
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from tests.tolerances import EXACT_RELATIVE, relative_error
+from testing.tolerances import EXACT_RELATIVE, relative_error
 from tiue_kernels import functional
 from tiue_kernels.cpu.conv2d import MOST_PIXELS
 from tiue_kernels.ops.geglu_feed_forward import CHUNK

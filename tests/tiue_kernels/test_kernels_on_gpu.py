@@ -14,10 +14,10 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from benchmarks.machine import default_device
-from benchmarks.operators import OPERATORS, kernel_backends
-from benchmarks.problem import Draw, Function, Problem, Tensors
-from benchmarks.shapes import (
+from testing.criterion import check, outputs_and_gradients
+from testing.operators import OPERATORS, kernel_backends
+from testing.problem import Draw, Function, Problem, Tensors, default_device
+from testing.shapes import (
     Attention,
     Latents,
     Output,
@@ -27,8 +27,7 @@ from benchmarks.shapes import (
     Upsampler,
     decoder,
 )
-from tests.tiue_kernels.cuda.criterion import check, outputs_and_gradients
-from tests.tolerances import PRODUCT_FLOORS, ROUNDING_FLOORS
+from testing.tolerances import PRODUCT_FLOORS, ROUNDING_FLOORS
 from tiue_kernels import BackendError, use_backend
 
 DEVICE = default_device()

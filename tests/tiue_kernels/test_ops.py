@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from testing.tolerances import ROUNDING_FLOORS
 from tests.tiue_kernels.calls import CALLS, B, K, Tensors, noise
-from tests.tolerances import ROUNDING_FLOORS
 from tiue_kernels import dispatch, functional, use_backend
 from tiue_kernels.ops._library import OPERATORS
 from tiue_kernels.reference import cross_timestep_attention as reference_attention

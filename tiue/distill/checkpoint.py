@@ -27,7 +27,6 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
 from tiue.distill.config import DistillConfig
-from tiue.distill.files import WRITE_ERRORS, cannot_write, sync_folder, sync_tree
 from tiue.distill.output import list_checkpoints
 from tiue.distill.settings import CONFIG, changed_fields, load_config, write_config
 from tiue.distill.sharding import (
@@ -41,6 +40,7 @@ from tiue.distill.sharding import (
 from tiue.distill.step import Trained, averaged_from
 from tiue.distill.student import merged_state
 from tiue.errors import CheckpointError, TiUEError
+from tiue.files import WRITE_ERRORS, cannot_write, sync_folder, sync_tree
 from tiue_kernels import configs
 
 logger = logging.getLogger(__name__)

@@ -23,13 +23,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from tiue.distill.files import sha256, write_file, write_json
 from tiue.distill.loading import load_text_encoder
 from tiue.distill.output import LOCK
 from tiue.distill.processes import require_shared_work
 from tiue.distill.prompts import prompts_digest, read_prompts
 from tiue.distill.text import Encoder, Text, join
 from tiue.errors import InputError, OutputError
+from tiue.files import sha256, write_file, write_json
 
 INDEX = "index.json"
 _PROMPTS, _EMPTY, _VERIFIED = "prompts.jsonl", "empty.safetensors", "verified.json"

@@ -14,12 +14,12 @@ from PIL import Image
 
 from tiue.distill.checkpoint import Checkpoints
 from tiue.distill.config import DistillConfig
-from tiue.distill.files import append_line, whole_folder, write_json
 from tiue.distill.loading import is_xl, resolve_teacher
 from tiue.errors import InputError
 from tiue.evaluate.evaluation import Settings, evaluate
 from tiue.evaluate.models import Model
 from tiue.evaluate.protocol import check_metrics, find_preset
+from tiue.files import append_line, whole_folder, write_json
 from tiue.pipelines import TiUEPipeline
 from tiue.unet import TiUEUNet
 

@@ -5,10 +5,10 @@ from pathlib import Path
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from huggingface_hub import HfApi
 
-from tiue.distill.files import whole_folder
 from tiue.distill.loading import load_pipeline_around
 from tiue.distill.settings import CONFIG, load_config
 from tiue.errors import CheckpointError, InputError, OutputError
+from tiue.files import whole_folder
 
 
 def export_student(run: Path, output: Path, teacher: str | None = None) -> Path:

@@ -24,14 +24,14 @@ from transformers import (
     CLIPTextModelWithProjection,
 )
 
-from tiue.checkpoints import looks_local
 from tiue.distill.clip import ClipScorer
-from tiue.distill.files import sha256
 from tiue.distill.text import Encoder, TextEncoder, XLTextEncoder
 from tiue.embedded import EMBEDDED, weights_folder
 from tiue.errors import CheckpointError, InputError, TiUEError
+from tiue.files import sha256
+from tiue.loading.checks import looks_local
+from tiue.loading.weights import load_models, load_whole
 from tiue.unet import TiUEUNet
-from tiue.weights import load_models, load_whole
 
 _PIPELINES = {cls.__name__: cls for cls in (StableDiffusionPipeline, StableDiffusionXLPipeline)}
 

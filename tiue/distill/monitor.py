@@ -15,10 +15,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from tiue.distill.config import DistillConfig, Tracker
-from tiue.distill.files import append_line, write_file, write_json
 from tiue.distill.settings import to_plain
 from tiue.distill.step import StepResult
 from tiue.errors import DependencyError
+from tiue.files import append_line, write_file, write_json
 from tiue.images import contact_sheet, save_image
 
 PROJECT = "tiue"

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
-from tiue.checkpoints import looks_local
 from tiue.errors import DependencyError, InputError
+from tiue.loading.checks import looks_local
 
 logger = logging.getLogger(__name__)
 

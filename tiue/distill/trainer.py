@@ -22,7 +22,6 @@ from tiue.distill.checkpoint import Checkpoints, RunState, averaged_weights
 from tiue.distill.config import DistillConfig
 from tiue.distill.data import PromptOrder, SampleDraws
 from tiue.distill.export import push_student
-from tiue.distill.files import append_line, whole_folder, write_file
 from tiue.distill.guards import Guard, Signals
 from tiue.distill.losses import timestep_weights
 from tiue.distill.monitor import HISTORY, Monitor, describe
@@ -42,6 +41,7 @@ from tiue.distill.sharding import accelerate_asks_for_it, shard
 from tiue.distill.step import DistillStep, MicroBatch, Student, Trained, averaged_from
 from tiue.distill.teacher import NoiseSchedule, Teacher
 from tiue.errors import InputError
+from tiue.files import append_line, whole_folder, write_file
 from tiue.schedule import OnePassSchedule
 from tiue.unet import TiUEUNet
 

@@ -15,15 +15,13 @@ from torch import nn
 
 from tiue.errors import ArchitectureError, CheckpointError, InputError
 from tiue.features import as_timesteps
+from tiue.loading.checks import hub_arguments
+from tiue.loading.weights import load_whole
 from tiue.schedule import OnePassSchedule
-from tiue.weights import load_whole
 
 T = TypeVar("T", bound="OnePassTransformer")
 
 _BORDER = "num_shared_blocks"
-_HUB_ARGUMENTS = {
-    "subfolder", "revision", "token", "cache_dir", "local_files_only", "force_download", "proxies"
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -119,9 +117,7 @@ class OnePassTransformer:
         """
         name = pretrained_model_name_or_path
         kwargs["use_safetensors"] = True
-        if "torch_dtype" in kwargs:  # diffusers' name for it, which warns since 0.41
-            kwargs.setdefault("dtype", kwargs.pop("torch_dtype"))
-        hub = {key: kwargs[key] for key in _HUB_ARGUMENTS & kwargs.keys()}
+        hub = hub_arguments(kwargs)
         try:
             saved = cls.load_config(name, **hub)  # type: ignore[attr-defined]
         except (OSError, ValueError) as error:

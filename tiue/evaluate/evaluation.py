@@ -21,7 +21,7 @@ from tiue.evaluate.protocol import NEIGHBOUR_METRICS, SET_METRICS, Protocol
 from tiue.images import contact_sheet, save_image
 
 if TYPE_CHECKING:
-    from tiue.evaluate.scenes import SceneTest
+    from tiue.evaluate.scenes_preset import SceneTest
 
 SHEET_PICTURES = 20
 
@@ -129,12 +129,12 @@ class Evaluation:
         for option, value in (("reference", settings.reference), ("prompts", settings.prompts)):
             if value is not None:
                 raise InputError(f"the scenes preset has its own {option}: leave --{option} out")
-        from tiue.evaluate.scenes import SceneTest
+        from tiue.evaluate.scenes_preset import SceneTest
 
         return SceneTest(self.protocol, settings.output.parent / "scenes-truth", settings.device)
 
     def _openmoji(self) -> Any:
-        from tiue.evaluate.openmoji import reference_pictures
+        from tiue.evaluate.openmoji_preset import reference_pictures
 
         return reference_pictures(self.settings.output.parent / "openmoji-pictures.safetensors")
 
@@ -226,7 +226,7 @@ class Evaluation:
             self.extractors["clip"] = self.pair_encoder.describe()
         if self._wants("lpips_diversity"):
             if protocol.lpips == "openmoji":
-                from tiue.evaluate.openmoji import OpenMojiExtractor
+                from tiue.evaluate.openmoji_preset import OpenMojiExtractor
 
                 own = OpenMojiExtractor(settings.device)
                 self.maps, self.extractors["lpips"] = own.maps, own.describe()

@@ -12,9 +12,10 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from tiue.checkpoints import looks_local
 from tiue.errors import CheckpointError, InputError, NonFiniteError
-from tiue.evaluate.weights import file_hash, find_weights
+from tiue.evaluate.weight_files import find_weights
+from tiue.files import sha256
+from tiue.loading.checks import looks_local
 
 INCEPTION = "inception-2015-12-05.pt"
 INCEPTION_URL = (
@@ -88,7 +89,7 @@ class Inception:
         return features
 
     def describe(self) -> dict[str, Any]:
-        return {"kind": "inception", "file": self.path.name, "sha256": file_hash(self.path)}
+        return {"kind": "inception", "file": self.path.name, "sha256": sha256(self.path)}
 
 
 class Dinov2:
@@ -240,7 +241,7 @@ def load_extractor(kind: str, source: str | None, device: torch.device) -> Extra
     if kind == "clip":
         return Clip(source or EvaluationProtocol.clip, device)
     if kind == "openmoji":
-        from tiue.evaluate.openmoji import OpenMojiExtractor
+        from tiue.evaluate.openmoji_preset import OpenMojiExtractor
 
         return OpenMojiExtractor(device)
     raise InputError(f"no features {kind!r}: take inception, dinov2, clip or openmoji")
@@ -260,7 +261,7 @@ def load_pair_encoder(source: str, device: torch.device) -> PairEncoder:
         CheckpointError: It cannot be loaded.
     """
     if source == "openmoji":
-        from tiue.evaluate.openmoji import OpenMojiExtractor
+        from tiue.evaluate.openmoji_preset import OpenMojiExtractor
 
         return OpenMojiExtractor(device)
     return Clip(source, device)

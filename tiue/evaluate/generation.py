@@ -17,8 +17,8 @@ from tqdm import tqdm
 
 from tiue.errors import InputError, OutputError
 from tiue.evaluate.models import Draw
+from tiue.files import write_json
 from tiue.images import save_image
-from tiue.openmoji.loop import replace, write_json
 
 FACTS = "generation.json"
 # A prime beyond every list: no two evaluation seeds share a picture's noise.
@@ -136,6 +136,6 @@ def write_facts(folder: Path, facts: dict[str, Any]) -> None:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        replace(folder / FACTS, lambda path: write_json(facts, path))
+        write_json(folder / FACTS, facts)
     except OSError as error:
         raise OutputError(f"cannot write to {folder}: {error.strerror or error}") from error

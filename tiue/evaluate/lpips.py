@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tiue.errors import InputError
-from tiue.evaluate.weights import find_weights, read_weights
+from tiue.evaluate.weight_files import find_weights, read_weights
 
 ALEXNET = "alexnet-owt-7be5be79.pth"
 ALEXNET_URL = f"https://download.pytorch.org/models/{ALEXNET}"

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tiue.errors import CheckpointError
-from tiue.openmoji.loop import replace
+from tiue.files import write_file
 
 WEIGHTS = Path(__file__).parent / "weights" / "openmoji-features.safetensors"
 WIDTHS = (24, 48, 96, 96)
@@ -100,7 +100,7 @@ def save_network(network: OpenMojiFeatures, facts: dict[str, Any], path: Path = 
     tensors = {name: value.half().contiguous() for name, value in network.state_dict().items()}
     metadata = {"facts": json.dumps(facts)}
     path.parent.mkdir(parents=True, exist_ok=True)
-    replace(path, lambda beside: save_file(tensors, beside, metadata=metadata))
+    write_file(path, lambda beside: save_file(tensors, beside, metadata=metadata))
 
 
 @cache

@@ -16,12 +16,12 @@ import typer
 from torch import Tensor, nn
 from tqdm import trange
 
-from tiue.cli import OneLineErrors
 from tiue.evaluate.openmoji_network import WEIGHTS, OpenMojiFeatures, encode_names, save_network
 from tiue.openmoji.autoencoder import to_model_range
 from tiue.openmoji.data import Pictures, load_pictures
 from tiue.openmoji.loop import cosine_rate, set_rate, step_generator
 from tiue.openmoji.train import DEFAULT_WORK, Work, pictures_file
+from tiue.terminal import OneLineErrors
 
 LEARNING_RATE = 3e-3
 BATCH_SIZE = 128

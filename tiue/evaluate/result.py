@@ -10,7 +10,7 @@ from typing import Any
 
 from tiue.errors import InputError, OutputError
 from tiue.evaluate.protocol import METRICS
-from tiue.openmoji.loop import replace, write_json
+from tiue.files import write_json
 
 FORMAT = 1
 PACKAGES = ("tiue", "torch", "diffusers", "transformers", "torchmetrics", "prdc", "pillow")
@@ -62,7 +62,7 @@ def save_result(result: Result, path: Path) -> None:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        replace(path, lambda beside: write_json(result, beside))
+        write_json(path, result)
     except OSError as error:
         raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
 
@@ -124,7 +124,7 @@ def table(result: Result) -> str:
             reason = result["not_computed"].get(metric, "not asked for")
             lines.append(f"{label} not computed: {reason}")
     if "scenes" in result:
-        from tiue.evaluate.scenes import scene_table
+        from tiue.evaluate.scenes_preset import scene_table
 
         lines += ["", scene_table(result["scenes"])]
     return "\n".join(lines)

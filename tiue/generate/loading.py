@@ -13,11 +13,11 @@ from diffusers import AutoencoderKL, AutoencoderTiny, ControlNetModel, Diffusion
 from safetensors import SafetensorError, safe_open
 
 import tiue
-from tiue.checkpoints import looks_local
 from tiue.errors import CheckpointError, DependencyError
 from tiue.generate.request import Request
-from tiue.pipelines.checkpoint import read_index
-from tiue.weights import load_whole
+from tiue.loading.checks import looks_local
+from tiue.loading.families import read_index
+from tiue.loading.weights import load_whole
 
 _TINY = {False: "madebyollin/taesd", True: "madebyollin/taesdxl"}
 _VAES = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}

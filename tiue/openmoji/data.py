@@ -15,8 +15,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from tiue.errors import InputError
+from tiue.files import write_file
 from tiue.openmoji.config import IMAGE_SIZE
-from tiue.openmoji.loop import replace
 
 SKIN_TONES = range(0x1F3FB, 0x1F3FF + 1)
 REGIONAL_INDICATORS = range(0x1F1E6, 0x1F1FF + 1)
@@ -145,7 +145,7 @@ def load_pictures(cache: Path) -> Pictures:
         cache.parent.mkdir(parents=True, exist_ok=True)
         tensors = {"images": torch.from_numpy(images).contiguous()}
         metadata = {"codes": json.dumps(stems)}
-        replace(cache, lambda path: save_file(tensors, path, metadata=metadata))
+        write_file(cache, lambda path: save_file(tensors, path, metadata=metadata))
     with safe_open(cache, framework="pt") as file:
         images = file.get_tensor("images")
         codes = json.loads(file.metadata()["codes"])
@@ -162,7 +162,7 @@ def load_pictures(cache: Path) -> Pictures:
 def write_prompts(pictures: Pictures, path: Path) -> None:
     """Writes the distinct prompts and aliases to a text file, one a line, for distillation."""
     lines = sorted({*pictures.prompts, *pictures.aliases})
-    replace(path, lambda beside: beside.write_text("\n".join(lines) + "\n", encoding="utf-8"))
+    write_file(path, lambda beside: beside.write_text("\n".join(lines) + "\n", encoding="utf-8"))
 
 
 def _require_packages(*names: str) -> None:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tiue.cli import OneLineErrors
 from tiue.openmoji.config import DECODER_STEPS, GUIDANCE_SCALE, TEACHER_STEPS, TEN_PROMPTS
+from tiue.terminal import OneLineErrors
 
 if TYPE_CHECKING:
     from PIL import Image

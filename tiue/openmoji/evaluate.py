@@ -14,13 +14,13 @@ import torch
 import typer
 from torch import nn
 
-from tiue.cli import OneLineErrors
 from tiue.errors import CheckpointError, InputError
+from tiue.files import write_file, write_json
 from tiue.openmoji import WEIGHTS, load_openmoji, load_openmoji_teacher
 from tiue.openmoji.config import GUIDANCE_SCALE, TEACHER_STEPS, TEN_PROMPTS
 from tiue.openmoji.data import Pictures, load_pictures
-from tiue.openmoji.loop import replace, write_json
 from tiue.openmoji.train import DEFAULT_WORK, Work, pictures_file
+from tiue.terminal import OneLineErrors
 
 FEATURES = "RGB, averaged to 32 x 32, Euclidean distance"
 CARD = Path(__file__).parent / "MODEL_CARD.md"
@@ -232,7 +232,7 @@ def retrieval(
         **retrieval_figures(load_model(model, work), reconstruct, pictures, count, seed),
     }
     results.mkdir(parents=True, exist_ok=True)
-    replace(results / f"{model.value}.json", lambda path: write_json(figures, path))
+    write_json(results / f"{model.value}.json", figures)
     typer.echo(json.dumps(figures, indent=2))
 
 
@@ -246,7 +246,7 @@ def card(
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
     text = f"{before}{BEGIN}\n{figures_table(results)}\n{END}{after}"
-    replace(path, lambda beside: beside.write_text(text, encoding="utf-8"))
+    write_file(path, lambda beside: beside.write_text(text, encoding="utf-8"))
 
 
 def figures_table(results: Path) -> str:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import time
 from collections.abc import Callable
 from functools import partial
@@ -16,6 +14,7 @@ from torch import distributed
 from tqdm import tqdm
 
 from tiue.errors import CheckpointError, OutputError
+from tiue.files import write_file, write_json
 
 CHECKPOINT = "checkpoint.pt"
 
@@ -134,7 +133,7 @@ def run(
         seconds = time.monotonic() - begin
         if done % save_every == 0 or done == steps:
             state = {"training": training.state_dict(), "step": done, "seconds": seconds}
-            replace(checkpoint, partial(torch.save, state))
+            write_file(checkpoint, partial(torch.save, state))
         if on_step is not None:
             on_step(done)
     if rank > 0:
@@ -146,26 +145,4 @@ def run(
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
-    replace(folder / "training.json", partial(write_json, facts))
-
-
-def write_json(content: dict[str, Any], path: Path) -> None:
-    """Writes indented JSON with a final newline."""
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Writes a file beside its place and renames it there, so that it is whole or the old one.
-
-    Args:
-        path: where the file goes.
-        write: called with the path to write to.
-    """
-    beside = path.with_name(f".{os.getpid()}.{path.name}")
-    try:
-        write(beside)
-        beside.replace(path)
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror}") from error
-    finally:
-        beside.unlink(missing_ok=True)
+    write_json(folder / "training.json", facts)

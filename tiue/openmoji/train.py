@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from tiue.cli import OneLineErrors
 from tiue.openmoji.config import DECODER_STEPS, AutoencoderConfig, DecoderConfig, TeacherConfig
 from tiue.openmoji.data import load_pictures, write_prompts
+from tiue.terminal import OneLineErrors
 
 app = typer.Typer(
     cls=OneLineErrors,

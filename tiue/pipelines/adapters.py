@@ -9,7 +9,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from tiue.errors import CheckpointError, TiUEError
-from tiue.single_file import check_adapter, only_safetensors
+from tiue.loading.single_file import check_adapter, only_safetensors
 
 
 class SafeAdapters:

@@ -12,16 +12,15 @@ import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 
 from tiue.errors import CheckpointError, InputError, TiUEError
-from tiue.pipelines import checkpoint
+from tiue.loading import families
+from tiue.loading.checks import hub_arguments
+from tiue.loading.single_file import load_single_file
+from tiue.loading.weights import check_classes, load_models
 from tiue.pipelines.one_pass import OnePass
 from tiue.pipelines.scheduler import with_one_pass
-from tiue.single_file import load_single_file
 from tiue.unet import TiUEUNet
-from tiue.weights import check_classes, load_models
 
 _log = logging.getLogger(__name__)
-
-_HUB_ARGUMENTS = ("cache_dir", "force_download", "proxies", "token", "local_files_only", "revision")
 
 
 class LoadableOnePass(OnePass):
@@ -31,7 +30,7 @@ class LoadableOnePass(OnePass):
         family: what their folders hold.
     """
 
-    family: checkpoint.Family
+    family: families.Family
     _optional_components: list[str]
 
     @classmethod
@@ -59,14 +58,12 @@ class LoadableOnePass(OnePass):
         model = os.fspath(pretrained_model_name_or_path)
         if not kwargs.setdefault("use_safetensors", True):
             raise InputError("use_safetensors=False: only safetensors are loaded; leave it out")
-        if "torch_dtype" in kwargs:  # diffusers' name for it, which warns since 0.41
-            kwargs.setdefault("dtype", kwargs.pop("torch_dtype"))
+        hub = hub_arguments(kwargs)
         try:
-            hub = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
-            is_local = checkpoint.check_local(model, cls.family, kwargs)
+            is_local = families.check_local(model, cls.family, kwargs)
             index = cls.load_config(model, **hub)
             if not is_local:
-                checkpoint.check_index(model, index, cls.family, kwargs)
+                families.check_index(model, index, cls.family, kwargs)
             check_classes(model, index, kwargs)
             if "safety_checker" in cls._optional_components:
                 kwargs.setdefault("safety_checker", None)
@@ -132,7 +129,7 @@ class LoadableOnePass(OnePass):
         """
         name = f"the pipeline {pipeline.name_or_path or ''}".strip()
         index = json.loads(pipeline.to_json_string())
-        checkpoint.check_index(name, index, cls.family, components)
+        families.check_index(name, index, cls.family, components)
         pipe = cls(**pipeline.components | components)
         if "scheduler" not in components:
             pipe.scheduler = with_one_pass(pipe.scheduler)

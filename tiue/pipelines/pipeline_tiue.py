@@ -22,7 +22,7 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
-from tiue.pipelines import checkpoint
+from tiue.loading import families
 from tiue.pipelines.loading import LoadableOnePass
 from tiue.unet import TiUEUNet
 
@@ -53,7 +53,7 @@ class TiUEPipeline(LoadableOnePass, StableDiffusionPipeline):
             UNet.
     """
 
-    family = checkpoint.STABLE_DIFFUSION
+    family = families.STABLE_DIFFUSION
 
     def __init__(
         self,
@@ -69,7 +69,7 @@ class TiUEPipeline(LoadableOnePass, StableDiffusionPipeline):
     ) -> None:
         if not isinstance(unet, TiUEUNet):
             unet = TiUEUNet.from_unet(unet)
-        checkpoint.check_parts(unet, vae, self.family, text_encoder)
+        families.check_parts(unet, vae, self.family, text_encoder)
         super().__init__(
             vae,
             text_encoder,
@@ -104,7 +104,7 @@ class TiUEXLPipeline(LoadableOnePass, StableDiffusionXLPipeline):
             UNet.
     """
 
-    family = checkpoint.STABLE_DIFFUSION_XL
+    family = families.STABLE_DIFFUSION_XL
 
     def __init__(
         self,
@@ -122,7 +122,7 @@ class TiUEXLPipeline(LoadableOnePass, StableDiffusionXLPipeline):
     ) -> None:
         if not isinstance(unet, TiUEUNet):
             unet = TiUEUNet.from_unet(unet)
-        checkpoint.check_parts(unet, vae, self.family, text_encoder, text_encoder_2)
+        families.check_parts(unet, vae, self.family, text_encoder, text_encoder_2)
         super().__init__(
             vae,
             text_encoder,

@@ -13,8 +13,8 @@ from diffusers import AutoencoderTiny
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from tiue.files import write_file
 from tiue.openmoji.autoencoder import encode_pictures
-from tiue.openmoji.loop import replace
 from tiue.scenes.grammar import Request, weaken
 from tiue.scenes.scene import pixels, training_scenes
 
@@ -99,5 +99,5 @@ def _cached(cache: Path, kind: dict[str, str], make: Callable[[], torch.Tensor])
             pass  # cut or damaged: made again
     data = make()
     cache.parent.mkdir(parents=True, exist_ok=True)
-    replace(cache, lambda path: save_file({"data": data}, path, metadata=kind))
+    write_file(cache, lambda path: save_file({"data": data}, path, metadata=kind))
     return data

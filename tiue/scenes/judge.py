@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tiue.errors import CheckpointError, InputError
+from tiue.files import write_file
 from tiue.openmoji.autoencoder import to_model_range
-from tiue.openmoji.loop import replace
 from tiue.scenes.config import GROUNDS, IMAGE_SIZE, OBJECTS, SIZES
 
 WEIGHTS = Path(__file__).parent / "weights" / "judge.safetensors"
@@ -240,4 +240,4 @@ def save_judge(judge: Judge, facts: dict[str, Any], path: Path = WEIGHTS) -> Non
         if value.is_floating_point()
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    replace(path, lambda beside: save_file(tensors, beside, {"facts": json.dumps(facts)}))
+    write_file(path, lambda beside: save_file(tensors, beside, {"facts": json.dumps(facts)}))

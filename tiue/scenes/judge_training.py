@@ -13,10 +13,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from tiue.evaluate.weights import file_hash
+from tiue.files import sha256, write_file
 from tiue.openmoji.autoencoder import load_autoencoder, to_model_range
 from tiue.openmoji.loop import cosine_rate, run, set_rate, step_generator
-from tiue.openmoji.loop import replace as write_whole
 from tiue.scenes.config import IMAGE_SIZE, OBJECTS
 from tiue.scenes.grammar import Noun, Request
 from tiue.scenes.judge import (
@@ -209,7 +208,7 @@ def load_reconstructions(cache: Path, autoencoder: Path, config: JudgeConfig) ->
     """
     vae = load_autoencoder(autoencoder)
     facts = {
-        "autoencoder": file_hash(autoencoder / "vae" / "diffusion_pytorch_model.safetensors"),
+        "autoencoder": sha256(autoencoder / "vae" / "diffusion_pytorch_model.safetensors"),
         "pool": str(config.pool),
         "noise": str(config.latent_noise),
         "seed": str(config.seed),
@@ -229,7 +228,7 @@ def load_reconstructions(cache: Path, autoencoder: Path, config: JudgeConfig) ->
     ]  # fmt: skip
     images = torch.cat(parts)
     cache.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(cache, lambda path: save_file({"images": images}, path, facts))
+    write_file(cache, lambda path: save_file({"images": images}, path, facts))
     return Reconstructions(scenes, images)
 
 

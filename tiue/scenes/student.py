@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tiue.distill import distill, load_config
-from tiue.openmoji.loop import replace
+from tiue.files import write_file
 from tiue.openmoji.student import student_folder
 from tiue.scenes.grammar import draw_request
 
@@ -18,7 +18,7 @@ def write_prompts(path: Path, count: int = PROMPTS, seed: int = 0) -> None:
     """Writes prompts of the grammar to a text file, one a line, nothing held out among them."""
     generator = random.Random(seed)
     lines = [str(draw_request(generator)) for _ in range(count)]
-    replace(path, lambda beside: beside.write_text("\n".join(lines) + "\n", encoding="utf-8"))
+    write_file(path, lambda beside: beside.write_text("\n".join(lines) + "\n", encoding="utf-8"))
 
 
 def train_student(

@@ -19,6 +19,7 @@ from diffusers.utils import make_image_grid
 from torch import nn
 
 from tiue.errors import CheckpointError
+from tiue.files import write_json
 from tiue.openmoji.autoencoder import load_autoencoder
 from tiue.openmoji.config import LATENT_CHANNELS, LATENT_SIZE
 from tiue.openmoji.loop import (
@@ -26,11 +27,9 @@ from tiue.openmoji.loop import (
     average_gradients,
     decaying_rate,
     process,
-    replace,
     run,
     set_rate,
     step_generator,
-    write_json,
 )
 from tiue.openmoji.teacher import (
     build_pipeline,
@@ -274,5 +273,5 @@ def save_averaged(autoencoder: Path, folder: Path, config: TeacherConfig) -> int
     training.load_state_dict(state["training"])
     training.averaged_pipeline(load_autoencoder(autoencoder)).save_pretrained(folder / "pipeline")
     facts = {"steps": state["step"], "seconds": round(state["seconds"])}
-    replace(folder / "training.json", lambda path: write_json(facts, path))
+    write_json(folder / "training.json", facts)
     return state["step"]

@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from tiue.cli import OneLineErrors
 from tiue.openmoji.config import DecoderConfig
 from tiue.scenes.config import DECODER_STEPS, AutoencoderConfig, TeacherConfig
+from tiue.terminal import OneLineErrors
 
 app = typer.Typer(
     cls=OneLineErrors,

@@ -11,7 +11,7 @@ import threading
 import pytest
 import torch
 
-from benchmarks.machine import default_device
+from testing.problem import default_device
 from tests.tiue.compiled.stand_in import StandInRecorder
 from tests.tiue.tiny import tiny_scheduler
 from tests.tiue.unets import make_inputs, make_unet

@@ -6,10 +6,10 @@ import sys
 import pytest
 import torch
 
+from testing.tolerances import GOLDEN_RELATIVE, relative_error
 from tests.golden import load_golden, requires_golden
 from tests.tiue.tiny import tiny_scheduler
 from tests.tiue.unets import TEXT, make_unet
-from tests.tolerances import GOLDEN_RELATIVE, relative_error
 from tiue import OnePassSchedule, TiUEUNet
 from tiue.errors import DependencyError, InputError
 

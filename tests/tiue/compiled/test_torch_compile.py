@@ -8,10 +8,10 @@ import torch
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from testing.tolerances import GOLDEN_RELATIVE, relative_error
 from tests.tiue.test_adapters import CHANGES
 from tests.tiue.tiny import tiny_scheduler
 from tests.tiue.unets import make_conditioning, make_inputs, make_unet
-from tests.tolerances import GOLDEN_RELATIVE, relative_error
 from tiue import OnePassSchedule, TiUEUNet
 
 SCHEDULE = OnePassSchedule.from_scheduler(tiny_scheduler(), 4)

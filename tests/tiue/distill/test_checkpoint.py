@@ -1,9 +1,9 @@
 import pytest
 
-from tiue.distill.files import whole_folder
 from tiue.distill.output import claim_output, clear_leftovers, list_checkpoints
 from tiue.distill.trainer import Trainer
 from tiue.errors import InputError, OutputError
+from tiue.files import whole_folder
 
 
 def test_a_folder_appears_only_once_it_is_complete(tmp_path):

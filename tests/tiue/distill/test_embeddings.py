@@ -13,9 +13,9 @@ from tests.tiue.tiny import TEXT_DIM, TEXT_LENGTH
 from tiue.cli import app
 from tiue.distill import distill, embeddings
 from tiue.distill.embeddings import StoredPrompts, embed_text
-from tiue.distill.files import sha256
 from tiue.distill.loading import load_text_encoder
 from tiue.errors import InputError, OutputError
+from tiue.files import sha256
 
 CPU = torch.device("cpu")
 PROMPTS = ["red apple", "rocket", "cat face", "sun", "house"]

@@ -5,7 +5,7 @@ import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from torch.func import functional_call
 
-from benchmarks import published_form
+from testing import published_form
 from tiue.distill.data import SampleDraws
 from tiue.distill.trainer import Trainer
 

@@ -18,10 +18,10 @@ from tiue.errors import InputError, OutputError
 from tiue.evaluate.evaluation import Settings, evaluate
 from tiue.evaluate.generation import diversity_jobs, picture_jobs
 from tiue.evaluate.models import Model, load_model
-from tiue.evaluate.openmoji import OpenMojiExtractor
+from tiue.evaluate.openmoji_preset import OpenMojiExtractor
 from tiue.evaluate.protocol import METRICS, PRESETS
 from tiue.evaluate.result import compare, load_result, table
-from tiue.evaluate.weights import file_hash
+from tiue.files import sha256
 
 PROTOCOL = PRESETS["openmoji"].changed(
     num_prompts=100, kid_subset_size=50, kid_subsets=4, diversity_prompts=2, diversity_images=3
@@ -326,7 +326,7 @@ def test_coco_with_local_files(tiny, inputs, tmp_path):
             progress=False,
         )
     )  # fmt: skip
-    assert found["extractors"]["features"]["sha256"] == file_hash(path)
+    assert found["extractors"]["features"]["sha256"] == sha256(path)
     assert found["counts"] == {"generated": 12, "reference": 120, "skipped": 0}
     assert found["reference"] == {"folder": "real", "enlarged": 120}
     assert set(found["figures"]) == {"precision", "coverage"}

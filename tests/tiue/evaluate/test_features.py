@@ -17,7 +17,7 @@ from tests.tiue.tiny import TEXT_LENGTH, tiny_tokenizer
 from tiue.errors import CheckpointError, InputError, NonFiniteError
 from tiue.evaluate import lpips
 from tiue.evaluate.features import Clip, extract, load_extractor, load_pair_encoder
-from tiue.evaluate.weights import file_hash
+from tiue.files import sha256
 
 CPU = torch.device("cpu")
 
@@ -53,7 +53,7 @@ def test_inception_is_read_from_its_file(tmp_path, pictures):
     assert extractor.describe() == {
         "kind": "inception",
         "file": "inception.pt",
-        "sha256": file_hash(path),
+        "sha256": sha256(path),
     }
 
 

@@ -14,7 +14,7 @@ from tiue.evaluate.evaluation import Settings, evaluate
 from tiue.evaluate.models import Autoencoder, Model
 from tiue.evaluate.protocol import PRESETS
 from tiue.evaluate.result import compare, load_result, table
-from tiue.evaluate.scenes import SPLITS, SceneTest, draw_requests, split_name
+from tiue.evaluate.scenes_preset import SPLITS, SceneTest, draw_requests, split_name
 from tiue.openmoji import WEIGHTS
 from tiue.scenes.grammar import Noun, Request, is_held_out
 from tiue.scenes.scene import compose, draw_scene, pixels

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from tests.tiue_kernels.cuda.criterion import noise, outputs_and_gradients, plain_attention
-from tests.tolerances import ROUNDING_FLOORS, relative_error
+from testing.criterion import noise, outputs_and_gradients, plain_attention
+from testing.tolerances import ROUNDING_FLOORS, relative_error
 from tiue_kernels import cpu, dispatch, functional, use_backend
 from tiue_kernels.cpu.cross_timestep_attention import cross_timestep_attention_fwd
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tests.tolerances import WINOGRAD_RELATIVE
+from testing.tolerances import WINOGRAD_RELATIVE
 from tiue_kernels import functional, use_backend
 from tiue_kernels.cpu import conv2d, winograd, winograd_weights
 from tiue_kernels.cpu.winograd_weights import POINTS, WeightCache

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from tests.tiue_kernels.cuda.criterion import check, noise, plain_attention
+from testing.criterion import check, noise, plain_attention
 from tests.tiue_kernels.fences import fenced
 from tiue_kernels import dispatch
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from tests.tiue_kernels.cuda.criterion import check, noise, plain_norm
+from testing.criterion import check, noise, plain_norm
 from tests.tiue_kernels.fences import fenced
 
 # The first test of a session compiles csrc.

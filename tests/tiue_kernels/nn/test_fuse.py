@@ -11,8 +11,8 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from peft import LoraConfig
 from torch import nn
 
+from testing.tolerances import EXACT_RELATIVE, relative_error
 from tests.tiue.unets import TEXT, make_conditioning, make_inputs, make_unet
-from tests.tolerances import EXACT_RELATIVE, relative_error
 from tiue import TiUEUNet
 from tiue_kernels.nn import FusedBasicTransformerBlock, FusedResnetBlock2D, fuse, layers
 
@@ -111,7 +111,7 @@ def test_the_student_takes_fused_blocks_apart_too(name: str, monkeypatch) -> Non
     monkeypatch.setattr(layers, "tell_once", lambda module: told.append(type(module).__name__))
     for module in (
         "tiue.decoder",
-        "tiue.blocks",
+        "tiue.unet_blocks",
         "tiue_kernels.nn.resnet",
         "tiue_kernels.nn.attention",
     ):

@@ -17,7 +17,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
-from tests.tolerances import EXACT_RELATIVE, ROUNDING_FLOORS, relative_error
+from testing.tolerances import EXACT_RELATIVE, ROUNDING_FLOORS, relative_error
 from tiue_kernels.nn import (
     FusedBasicTransformerBlock,
     FusedGEGLU,

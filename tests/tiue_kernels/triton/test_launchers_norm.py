@@ -13,9 +13,9 @@ from types import ModuleType
 import pytest
 import torch
 
+from testing.tolerances import ROUNDING_FLOORS
 from tests.tiue_kernels.fences import fenced
 from tests.tiue_kernels.triton.norm_cases import CASES, Case, Tensors, noise
-from tests.tolerances import ROUNDING_FLOORS
 
 # Dtype of the maps, dtype of the parameters, layout: each of them once a case, not their product,
 # which takes minutes in the interpreter.

@@ -9,22 +9,19 @@ from typing import Any, TypeVar
 import torch
 from diffusers import UNet2DConditionModel
 
-from tiue.checkpoints import (
+from tiue.errors import CheckpointError
+from tiue.loading.checks import (
     check_architecture,
     check_is_unet,
     check_unet_config,
     check_unet_folder,
+    hub_arguments,
 )
-from tiue.errors import CheckpointError
-from tiue.single_file import load_single_file
-from tiue.weights import load_whole
+from tiue.loading.single_file import load_single_file
+from tiue.loading.weights import load_whole
 from tiue_kernels.nn.layers import runs_own_forward
 
 T = TypeVar("T", bound="LoadableUNet")
-
-_HUB_ARGUMENTS = {
-    "subfolder", "revision", "token", "cache_dir", "local_files_only", "force_download", "proxies"
-}  # fmt: skip
 
 
 class LoadableUNet(UNet2DConditionModel):
@@ -68,10 +65,8 @@ class LoadableUNet(UNet2DConditionModel):
         """
         name, subfolder = pretrained_model_name_or_path, kwargs.get("subfolder")
         check_unet_folder(name, subfolder)
-        hub = {k: kwargs[k] for k in _HUB_ARGUMENTS & kwargs.keys()}
+        hub = hub_arguments(kwargs)
         kwargs["use_safetensors"] = True
-        if "torch_dtype" in kwargs:  # diffusers' name for it, which warns since 0.41
-            kwargs.setdefault("dtype", kwargs.pop("torch_dtype"))
         try:
             check_unet_config(name, cls.load_config(name, **hub))
         except CheckpointError:

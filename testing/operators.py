@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from benchmarks.problem import LATENT_COEFFICIENT, Draw, Problem, Tensors
-from benchmarks.shapes import (
+from testing.problem import LATENT_COEFFICIENT, Draw, Problem, Tensors
+from testing.shapes import (
     Attention,
     Latents,
     Output,

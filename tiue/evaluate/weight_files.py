@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import pickle
 from pathlib import Path
 
@@ -58,12 +57,3 @@ def read_weights(path: Path, network: nn.Module) -> dict[str, Tensor]:
     if not fits:
         raise CheckpointError(f"{path} holds the weights of another network")
     return state
-
-
-def file_hash(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal: what two results compare their weights by."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()

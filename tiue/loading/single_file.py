@@ -9,8 +9,8 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from tiue.checkpoints import PICKLES, pickle_message
 from tiue.errors import CheckpointError, InputError, TiUEError
+from tiue.loading.checks import PICKLES, pickle_message
 
 _LINKS = ("https://", "http://", "huggingface.co/", "hf.co/")
 _CONVERSIONS = {

@@ -12,7 +12,25 @@ from tiue.errors import ArchitectureError, CheckpointError
 from tiue_kernels.nn.layers import runs_own_forward
 
 PICKLES = {".bin", ".ckpt", ".pt", ".pth"}
+_HUB_ARGUMENTS = {
+    "subfolder", "revision", "token", "cache_dir", "local_files_only", "force_download", "proxies"
+}  # fmt: skip
 UNET_CLASSES = {"UNet2DConditionModel", "TiUEUNet"}
+
+
+def hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Those of a `from_pretrained`'s arguments that say where its configuration lies.
+
+    Args:
+        kwargs: arguments of diffusers' `from_pretrained`. A `torch_dtype` in it, which warns since
+            diffusers 0.41, becomes `dtype` in place.
+
+    Returns:
+        Arguments of `load_config`.
+    """
+    if "torch_dtype" in kwargs:
+        kwargs.setdefault("dtype", kwargs.pop("torch_dtype"))
+    return {name: kwargs[name] for name in _HUB_ARGUMENTS & kwargs.keys()}
 
 
 def looks_local(name: str) -> bool:

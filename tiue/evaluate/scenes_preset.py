@@ -28,8 +28,7 @@ from tiue.evaluate import lpips
 from tiue.evaluate.metrics import set_figures
 from tiue.evaluate.models import Autoencoder
 from tiue.evaluate.protocol import SET_METRICS, Protocol
-from tiue.evaluate.weights import file_hash
-from tiue.openmoji.loop import replace
+from tiue.files import sha256, write_file
 from tiue.scenes import judge, measures
 from tiue.scenes.grammar import Request, draw_request
 from tiue.scenes.judge import Finding, Found
@@ -140,7 +139,7 @@ class SceneTest:
         """What a result says of the judge and of the world it judges."""
         return {
             "kind": "scenes",
-            "sha256": file_hash(judge.WEIGHTS),
+            "sha256": sha256(judge.WEIGHTS),
             "threshold": judge.THRESHOLD,
             "scenes_sha256": hashlib.sha256(repr(self._sample).encode()).hexdigest(),
             **self.judge_facts,
@@ -221,7 +220,7 @@ class SceneTest:
         self.cache.mkdir(parents=True, exist_ok=True)
         tensors = {"features": reading.features, "diversity": reading.diversity}
         facts = known | {"findings": json.dumps([dataclasses.asdict(f) for f in reading.findings])}
-        replace(path, lambda beside: save_file(tensors, beside, facts))
+        write_file(path, lambda beside: save_file(tensors, beside, facts))
         return reading
 
     def compute(

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
-from benchmarks.configs import CONFIGS, NUM_TOKENS
+from testing.configs import CONFIGS, NUM_TOKENS
 
 PIXELS = (256, 512, 768, 1024)
 # diffusers' own defaults, where a configuration says nothing.
@@ -86,7 +86,7 @@ def decoder(model: str, pixels: int) -> dict[str, Sizes]:
     """The shapes of one decoder at one size of picture.
 
     Args:
-        model: A key of `benchmarks.configs.CONFIGS`.
+        model: A key of `testing.configs.CONFIGS`.
         pixels: Height and width of the picture, eight times those of the latents.
 
     Returns:

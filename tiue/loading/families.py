@@ -10,12 +10,11 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from diffusers import AutoencoderKL, AutoencoderTiny
+from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from transformers import CLIPTextModel
 
-from tiue.checkpoints import PICKLES, UNET_CLASSES, looks_local, pickle_message
 from tiue.errors import ArchitectureError, CheckpointError
-from tiue.unet import TiUEUNet
+from tiue.loading.checks import PICKLES, UNET_CLASSES, looks_local, pickle_message
 
 
 @dataclass(frozen=True)
@@ -178,7 +177,7 @@ def check_weights(folder: Path, family: Family, given: Collection[str] = ()) -> 
 
 
 def check_parts(
-    unet: TiUEUNet,
+    unet: UNet2DConditionModel,
     vae: AutoencoderKL | AutoencoderTiny,
     family: Family,
     *text_encoders: CLIPTextModel | None,

@@ -205,7 +205,7 @@ def load_models(
     models = {}
     for name in names:
         cls = _class_of(name, index[name][1])
-        dtype = kwargs.get("dtype") or kwargs.get("torch_dtype")
+        dtype = kwargs.get("dtype")
         if isinstance(dtype, dict):
             dtype = dtype.get(name, dtype.get("default"))
         # float32 as diffusers loads a pipeline; transformers alone keeps the files' own type.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tiue.errors import DependencyError, InputError
 from tiue.evaluate.openmoji_network import WEIGHTS, WIDTHS, encode_names, load_network
-from tiue.evaluate.weights import file_hash
+from tiue.files import sha256
 from tiue.openmoji.autoencoder import to_model_range
 from tiue.openmoji.config import IMAGE_SIZE
 
@@ -62,7 +62,7 @@ class OpenMojiExtractor:
         return self.network.maps(self._shown(pictures))
 
     def describe(self) -> dict[str, Any]:
-        return {"kind": "openmoji", "sha256": file_hash(self.path), **self.facts}
+        return {"kind": "openmoji", "sha256": sha256(self.path), **self.facts}
 
 
 def reference_pictures(cache: Path) -> Pictures:

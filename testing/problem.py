@@ -21,6 +21,11 @@ LATENT_COEFFICIENT = 4.2346
 NOISE_COEFFICIENTS = (-2.4919, -0.9249, -0.6568, -0.0121)
 
 
+def default_device() -> torch.device:
+    """The device that operators are tried on here: CUDA where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 class Draw:
     """Draws the tensors of a problem, the same ones every time on one kind of device.
 

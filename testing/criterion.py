@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 import torch.nn.functional as F
 
-from tests.tolerances import ROUNDING_FLOORS
+from testing.tolerances import ROUNDING_FLOORS
 
 Tensors = tuple[torch.Tensor, ...]
 

@@ -1,0 +1,1 @@
+"""What tests and benchmarks share: tolerances, the criterion, operators as problems."""

@@ -1,0 +1,1 @@
+"""What may be loaded, and loading it whole: safetensors alone, of the right architecture."""
