@@ -169,7 +169,7 @@ def page(rows: list[dict[str, Any]]) -> str:
 Written by `python -m benchmarks.installs --python python3.10 --python python3.11 ...`: each row is
 a fresh environment with the package as a wheel. `oldest` are the least versions that pyproject.toml
 allows, `newest` what pip found on the day. Warnings are those that drawing prints; the tests are
-the golden cases and the schedule's.
+the golden cases and the schedule's. An interpreter that is not listed was not at hand.
 
 {table(header, cells)}
 """
