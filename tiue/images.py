@@ -94,6 +94,14 @@ def _shorten(line: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, widt
     return line
 
 
+def on_white(image: Image.Image) -> Image.Image:
+    """Make a picture RGB, a transparent one laid on white."""
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
 def safe_file_name(prompt: str) -> str:
     """Make the stem of a file name of a prompt: no path signs, no spaces, at most 120 bytes.
 

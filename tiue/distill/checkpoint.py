@@ -1,7 +1,8 @@
 """What a run leaves to go on from: folders that appear once they are complete and on disk.
 
 `checkpoints/step-<n>/` holds `unet/`, `unet_ema/` and `scheduler/` (diffusers), `lora/` (PEFT), of
-a student that is a LoRA `student_lora/` too, `config.yaml`, and what accelerate's `save_state`
+a student that is a LoRA `student_lora/` too, of a run with a GAN loss `critic.safetensors`,
+`config.yaml`, and what accelerate's `save_state`
 writes: both optimisers, both rate schedules, the random state of every process, and `RunState`.
 Sharded optimisers are in `optimizers/`, as torch.distributed.checkpoint writes them.
 """
@@ -26,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
+from tiue.distill.adversary import HEAD, critic_parameters
 from tiue.distill.config import DistillConfig
 from tiue.distill.output import list_checkpoints
 from tiue.distill.settings import CONFIG, changed_fields, load_config, write_config
@@ -47,6 +49,7 @@ logger = logging.getLogger(__name__)
 
 _NAME = "step-{:08d}"
 _LORA_FILE = "adapter_model.safetensors"
+_CRITIC_FILE = "critic.safetensors"
 _LORA_PREFIX = "base_model.model."  # where `PeftModel` keeps the model that it wraps
 _STUDENT_PREFIX = "unet."  # where `Student` keeps its UNet
 _UNREADABLE = (
@@ -64,6 +67,7 @@ class RunState:
         samples_per_step: Samples of an update, over all processes and micro-batches.
         prompts_digest: Tells the prompts from others.
         teacher_digest: Tells the teacher from others, wherever its files lie.
+        pictures_digest: Tells the GAN loss's pictures from others.
         ema_steps: Updates of the moving average.
         guard: Running means of what is watched.
         kernel_configs: Launch configurations of the kernels, by device: another one sums in
@@ -75,6 +79,7 @@ class RunState:
     samples_per_step: int
     prompts_digest: str
     teacher_digest: str = ""
+    pictures_digest: str = ""
     step: int = 0
     samples_seen: int = 0
     ema_steps: int = 0
@@ -104,6 +109,10 @@ class RunState:
             "teacher_digest": (
                 ("teacher",),
                 "the teacher is not the one that the run was started with; give the same weights",
+            ),
+            "pictures_digest": (
+                ("gan_pictures", "gan_weight"),
+                "the pictures are not those that the run was started with; give the same ones",
             ),
             "samples_per_step": (
                 ("batch_size", "gradient_accumulation_steps"),
@@ -293,11 +302,12 @@ class Checkpoints:
             if self.ema is not None:
                 self.write_student_lora(folder / "student_lora_ema")
         self._write_lora(lora_unet, folder / "lora")
+        self._write_critic(lora_unet, folder / _CRITIC_FILE)
         if self._sharded:
             save_optimizers(self._trained, folder)
 
     def _write_lora(self, unet: UNet2DConditionModel, folder: Path) -> None:
-        lora = {n: whole(p) for n, p in unet.named_parameters() if p.requires_grad}
+        lora = {name: whole(p) for name, p in _lora_parameters(unet).items()}
         lora = get_peft_model_state_dict(unet, state_dict=lora)
         if self.accelerator.is_main_process:
             unet.peft_config["default"].save_pretrained(folder)
@@ -306,6 +316,11 @@ class Checkpoints:
                 folder / _LORA_FILE,
                 metadata={"format": "pt"},
             )
+
+    def _write_critic(self, unet: UNet2DConditionModel, path: Path) -> None:
+        weights = {name: whole(p).contiguous() for name, p in critic_parameters(unet).items()}
+        if weights and self.accelerator.is_main_process:
+            save_file(weights, path, metadata={"format": "pt"})
 
     def _read_student(self, folder: Path, average: bool) -> None:
         unet, ending = self.accelerator.unwrap_model(self.student.network).unet, "_ema" * average
@@ -320,6 +335,7 @@ class Checkpoints:
         models.clear()  # else accelerate would look for its own files of them
         self._read_student(folder, average=False)
         _read_lora(lora_unet, folder / "lora")
+        _read_critic(lora_unet, folder / _CRITIC_FILE)
         if self._sharded:
             load_optimizers(self._trained, folder)
         if self.ema is not None:
@@ -406,8 +422,25 @@ def _read_lora(unet: UNet2DConditionModel, folder: Path) -> None:
     saved = load_file(folder / _LORA_FILE)
     weights = {name.removeprefix(_LORA_PREFIX): weight for name, weight in saved.items()}
     # PEFT keeps an adapter's name inside the parameters' names, and leaves it out of files.
-    own = {n.replace(".default", ""): p for n, p in unet.named_parameters() if p.requires_grad}
+    own = {n.replace(".default", ""): p for n, p in _lora_parameters(unet).items()}
     if weights.keys() != own.keys():
         raise KeyError("the LoRA is of another model")
     for name, parameter in own.items():
         put(parameter, weights[name])
+
+
+def _read_critic(unet: UNet2DConditionModel, path: Path) -> None:
+    own = critic_parameters(unet)
+    weights = load_file(path) if own else {}
+    if weights.keys() != own.keys():
+        raise KeyError("the critic is of another model")
+    for name, parameter in own.items():
+        put(parameter, weights[name])
+
+
+def _lora_parameters(unet: UNet2DConditionModel) -> dict[str, Tensor]:
+    return {
+        name: parameter
+        for name, parameter in unet.named_parameters()
+        if parameter.requires_grad and not name.startswith(f"{HEAD}.")
+    }

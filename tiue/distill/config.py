@@ -148,6 +148,17 @@ class DistillConfig:
     clip_vae: Annotated[
         str, "Folder or hub id of the AutoencoderTiny that decodes for the CLIP loss."
     ] = "madebyollin/taesd"
+    gan_weight: Annotated[
+        float, "Weight of the GAN loss (DMD2's: 1e-3); 0, as published, needs no pictures."
+    ] = 0.0
+    gan_pictures: Annotated[
+        Path | None,
+        "Real pictures of the GAN loss: a folder of them, encoded at the start, or a .safetensors "
+        "file with their `latents` [N, C, H, W], scaled as the UNet takes them.",
+    ] = None
+    gan_critic_weight: Annotated[
+        float, "Weight of the critic's loss beside the LoRA's own, whose layers it trains too."
+    ] = 0.01
 
     mixed_precision: Annotated[
         MixedPrecision,
@@ -235,13 +246,13 @@ class DistillConfig:
             self._require(getattr(self, name) >= 1, name, "at least 1")
         positive = (
             "learning_rate", "lora_learning_rate", "lora_alpha", "student_lora_alpha",
-            "max_grad_norm",
+            "max_grad_norm", "gan_critic_weight",
         )  # fmt: skip
         for name in positive:
             self._require(getattr(self, name) > 0, name, "more than 0")
         not_negative = (
             "kl_weight", "sample_every", "embedding_cache_mib", "weight_decay", "lr_warmup_steps",
-            "clip_weight", "clip_weight_end", "student_lora_rank",
+            "clip_weight", "clip_weight_end", "gan_weight", "student_lora_rank",
             "evaluate_every",
         )  # fmt: skip
         for name in not_negative:
@@ -272,6 +283,11 @@ class DistillConfig:
         self._require(in_order, "min_timestep", f"from 0 to max_timestep ({self.max_timestep})")
         factor = self.divergence_factor
         self._require(factor == 0 or factor > 1, "divergence_factor", "0, or more than 1")
+        if self.gan_weight and self.gan_pictures is None:
+            raise InputError(
+                "gan_weight needs gan_pictures: a folder of real pictures, or a .safetensors file "
+                "of their latents. Without pictures, set gan_weight to 0."
+            )
         if (self.prompts is None) == (self.embeddings is None):
             raise InputError(
                 "A run needs prompts or embeddings, one of the two: a file of prompts, or the "

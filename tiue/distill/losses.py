@@ -65,8 +65,21 @@ def vsd_loss(latents: Tensor, gradient: Tensor) -> Tensor:
 
     Source: TiUE (arXiv 2505.21960).
     """
-    latents, gradient = latents.float(), gradient.detach()
-    return 0.5 * gradient.square().mean() + ((latents - latents.detach()) * gradient).mean()
+    return 0.5 * gradient.detach().square().mean() + with_gradient(latents, gradient)
+
+
+def with_gradient(latents: Tensor, gradient: Tensor) -> Tensor:
+    r"""Give latents a gradient that was found elsewhere: :math:`\partial L / \partial x = g / N`.
+
+    Args:
+        latents: The student's output x, [B, C, H, W].
+        gradient: g, [B, C, H, W].
+
+    Returns:
+        0, a float32 scalar, with that gradient.
+    """
+    latents = latents.float()
+    return ((latents - latents.detach()) * gradient.detach()).mean()
 
 
 def kl_loss(noise_pred: Tensor, weight: float = 0.1, reduction: Reduction = "sum") -> Tensor:
@@ -108,6 +121,39 @@ def lora_loss(noise_pred: Tensor, noise: Tensor, alpha: Tensor) -> Tensor:
     Source: TiUE (arXiv 2505.21960); ProlificDreamer (arXiv 2305.16213).
     """
     return (alpha * (noise_pred.float() - noise.float()).square()).mean()
+
+
+def critic_loss(made: Tensor, real: Tensor) -> Tensor:
+    r"""Teach a critic to tell real pictures from the student's.
+
+    .. math:: L = mean(softplus(D(x_t))) + mean(softplus(-D(y_t)))
+
+    Args:
+        made: Logits D of the student's noisy images x_t, any shape.
+        real: Logits of noisy pictures y_t, any shape.
+
+    Returns:
+        The loss, a float32 scalar.
+
+    Source: DMD2 (arXiv 2405.14867); the non-saturating loss of arXiv 1406.2661.
+    """
+    return F.softplus(made.float()).mean() + F.softplus(-real.float()).mean()
+
+
+def gan_loss(made: Tensor) -> Tensor:
+    r"""Ask for images that the critic takes for real.
+
+    .. math:: L = mean(softplus(-D(x_t)))
+
+    Args:
+        made: Logits D of the student's noisy images x_t, any shape.
+
+    Returns:
+        The loss, a float32 scalar.
+
+    Source: DMD2 (arXiv 2405.14867); the non-saturating loss of arXiv 1406.2661.
+    """
+    return F.softplus(-made.float()).mean()
 
 
 def clip_loss(image_embeds: Tensor, text_embeds: Tensor, target: float = 0.35) -> Tensor:

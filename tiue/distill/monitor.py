@@ -29,6 +29,9 @@ _INSTALLED = {
     "trackio": is_trackio_available,
 }
 _TIMESTEP_BIN = 100
+_SHOWN = (
+    "vsd", "kl", "clip", "gan", "lora", "critic", "score_norm", "grad_norm", "lora_grad_norm",
+)  # fmt: skip
 
 
 def check_trackers(trackers: tuple[Tracker, ...]) -> None:
@@ -209,8 +212,6 @@ def describe(summary: dict[str, Any], output: Path) -> str:
     ]
     first, last = summary.get("first", {}), summary.get("last", {})
     lines += [
-        f"  {name:16} {first[name]:10.4g} -> {last[name]:10.4g}"
-        for name in ("vsd", "kl", "clip", "lora", "score_norm", "grad_norm", "lora_grad_norm")
-        if name in first
+        f"  {name:16} {first[name]:10.4g} -> {last[name]:10.4g}" for name in _SHOWN if name in first
     ]
     return "\n".join([*lines, f"The run is in {output}."])

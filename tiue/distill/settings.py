@@ -16,8 +16,9 @@ CONFIG = "config.yaml"
 
 # What may differ between a checkpoint and the run that goes on from it without being asked for:
 # where and how often things are written, how long the run is, what memory and speed are traded for,
-# what is watched, and what `RunState` compares by content (teacher, prompts, samples of an update).
-# The student to start from is in the checkpoint. Everything else decides what the weights become.
+# what is watched, and what `RunState` compares by content (teacher, prompts, pictures, samples of
+# an update). The student to start from is in the checkpoint. Everything else decides what the
+# weights become.
 MAY_CHANGE = frozenset({
     "output", "steps", "resume", "allow_change", "checkpoint_every", "keep_checkpoints",
     "log_every", "trackers", "sample_every", "validation_prompts", "save_pipeline",
@@ -26,6 +27,7 @@ MAY_CHANGE = frozenset({
     "mixed_precision", "ema_on_cpu", "push_to_hub", "gradient_checkpointing",
     "recompute_feed_forward", "deterministic", "evaluate_every", "evaluate_metric",
     "evaluate_preset", "evaluate_prompts", "evaluate_reference", "evaluate_count",
+    "gan_pictures",
 })  # fmt: skip
 
 

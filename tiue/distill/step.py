@@ -13,6 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from tiue.distill import losses
+from tiue.distill.adversary import Adversary
 from tiue.distill.clip import ClipScorer
 from tiue.distill.config import DistillConfig
 from tiue.distill.data import SampleDraws
@@ -127,6 +128,7 @@ class DistillStep:
         guard: Sees figures before an update is applied.
         ema: The student's moving average, if one is kept.
         clip: Looks at pictures for the CLIP loss, if it is on.
+        adversary: Has the critic and the real pictures of the GAN loss, if it is on.
     """
 
     def __init__(
@@ -142,11 +144,12 @@ class DistillStep:
         guard: Guard,
         ema: EMAModel | None = None,
         clip: ClipScorer | None = None,
+        adversary: Adversary | None = None,
     ) -> None:
         self.config, self.accelerator, self.guard = config, accelerator, guard
         self.student, self.lora, self.teacher = student, lora, teacher
         self.schedule, self.latent_shape, self.empty = schedule, latent_shape, empty
-        self.ema, self.clip = ema, clip
+        self.ema, self.clip, self.adversary = ema, clip, adversary
         # A sum over all maps of an update, as a mean over its parts.
         parts = config.gradient_accumulation_steps * accelerator.num_processes
         self._kl_scale = parts if config.kl_reduction == "sum" else 1
@@ -173,24 +176,30 @@ class DistillStep:
             parts.append(told)
             fixed.append(images)
             timesteps.append(drawn)
-        names = ("vsd", "kl", "clip", "score_norm")
+        names = ("vsd", "kl", "clip", "gan", "score_norm")
         rms = torch.cat([told[len(names) :] for told in parts])
         means = torch.stack([told[: len(names)] for told in parts]).mean(0)
         figures = self._apply(self.student, dict(zip(names, means, strict=True)), "grad_norm", step)
         if self.ema is not None:
             self.ema.step(averaged_from(self.student, self.config.ema_on_cpu))
-        if self.clip is None:
-            del figures["clip"]
+        for name, part in (("clip", self.clip), ("gan", self.adversary)):
+            if part is None:
+                del figures[name]
 
         for _ in range(self.config.lora_updates):
-            lora_losses = []
+            lora_told = []
             for batch, images in zip(batches, fixed, strict=True):
                 with self._accumulated(self.lora):
-                    loss = self._lora_loss(batch, images)
+                    own = {"lora": self._lora_loss(batch, images)}
+                    loss = own["lora"]
+                    if self.adversary is not None:
+                        own["critic"] = self.adversary.critic_loss(images, batch.draws)
+                        loss = loss + self.config.gan_critic_weight * own["critic"]
                     self.accelerator.backward(loss)
-                lora_losses.append(loss.detach())
-            mean = torch.stack(lora_losses).mean()
-            figures |= self._apply(self.lora, {"lora": mean}, "lora_grad_norm", step)
+                lora_told.append({name: value.detach() for name, value in own.items()})
+            columns = zip(*(each.values() for each in lora_told), strict=True)
+            mean = dict(zip(own, (torch.stack(column).mean() for column in columns), strict=True))
+            figures |= self._apply(self.lora, mean, "lora_grad_norm", step)
         return StepResult(figures, torch.cat(timesteps).tolist(), rms.tolist())
 
     @contextmanager
@@ -202,7 +211,7 @@ class DistillStep:
             yield
 
     def _student_loss(self, batch: MicroBatch, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The student's loss, its images, [4 + B] figures and the timesteps [B] of a batch."""
+        """The student's loss, its images, [5 + B] figures and the timesteps [B] of a batch."""
         config, draws = self.config, batch.draws
         latents = draws.normal(self.latent_shape) * self.schedule.init_noise_sigma
         noise_pred = self.student.network(latents, batch.text)
@@ -214,16 +223,20 @@ class DistillStep:
         )
         vsd = losses.vsd_loss(images, gradient)
         kl = losses.kl_loss(noise_pred, config.kl_weight * self._kl_scale, config.kl_reduction)
-        clip = torch.zeros_like(vsd)
+        clip = gan = handed = torch.zeros_like(vsd)
         if self.clip is not None:
             image_embeds = self.clip.embed_latents(images.float())
             text_embeds = self.clip.embed_prompts(batch.prompts)
             loss = losses.clip_loss(image_embeds, text_embeds, config.clip_target)
             clip = self._clip_weight(step) * loss
+        if self.adversary is not None:
+            loss, towards_real = self.adversary.score(fixed, draws)
+            gan = config.gan_weight * loss
+            handed = config.gan_weight * losses.with_gradient(images, towards_real)
         norms = gradient.flatten(1).norm(dim=1)
         rms = norms / gradient[0].numel() ** 0.5
-        figures = torch.cat([torch.stack([vsd, kl, clip, norms.mean()]), rms]).detach()
-        return vsd + kl + clip, fixed, figures, timesteps
+        figures = torch.cat([torch.stack([vsd, kl, clip, gan, norms.mean()]), rms]).detach()
+        return vsd + kl + clip + handed, fixed, figures, timesteps
 
     def _score_gradient(
         self, images: Tensor, noise: Tensor, timesteps: Tensor, text: Text

@@ -166,10 +166,27 @@ class Teacher:
         output = self._call(self.trained, noisy, timesteps, text)
         return self.noise_schedule.to_noise(output, noisy, timesteps)
 
+    def classify(self, noisy: Tensor, timesteps: Tensor, text: Text) -> Tensor:
+        """Ask the critic on the LoRA teacher's features, with a graph.
+
+        Args:
+            noisy: x_t, [B, C, H, W].
+            timesteps: t, [B].
+            text: The condition, B rows.
+
+        Returns:
+            Logits, [B, 1, h, w].
+        """
+        self._switch(True)
+        return self.unet.classify(noisy, timesteps, text.map(self._as_weights))
+
     def _call(self, unet: nn.Module, noisy: Tensor, timesteps: Tensor, text: Text) -> Tensor:
         # Text as the weights are: a CPU's autocast leaves the norm of pooled text alone.
-        text = text.map(lambda tensor: tensor.to(self._dtype))
+        text = text.map(self._as_weights)
         return unet(noisy, timesteps, text.tokens, **text.conditions(), return_dict=False)[0]
+
+    def _as_weights(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self._dtype)
 
     def _switch(self, lora: bool) -> None:
         """Switch the adapter on or off."""

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from tiue.distill import loading
+from tiue.distill.adversary import Adversary, add_critic
 from tiue.distill.checkpoint import Checkpoints, RunState, averaged_weights
 from tiue.distill.config import DistillConfig
 from tiue.distill.data import PromptOrder, SampleDraws
@@ -35,11 +37,13 @@ from tiue.distill.parts import (
     load_validation,
     start_accelerator,
 )
+from tiue.distill.pictures import load_pictures
 from tiue.distill.prompts import prompts_digest
 from tiue.distill.settings import CONFIG, write_config
 from tiue.distill.sharding import accelerate_asks_for_it, shard
 from tiue.distill.step import DistillStep, MicroBatch, Student, Trained, averaged_from
 from tiue.distill.teacher import NoiseSchedule, Teacher
+from tiue.distill.text import Text
 from tiue.errors import InputError
 from tiue.files import append_line, whole_folder, write_file
 from tiue.schedule import OnePassSchedule
@@ -110,6 +114,8 @@ class Trainer:
         self.teacher = Teacher(
             teacher_unet.to(device), noise_schedule, config.lora_rank, config.lora_alpha
         )
+        if config.gan_weight:
+            add_critic(teacher_unet, device)
         self.unet = load_student(config, teacher_unet)
         # The student takes its up blocks apart, so they are never called: one piece.
         self.student = self._prepare(Student(self.unet, self.schedule), [], config.learning_rate)
@@ -132,6 +138,7 @@ class Trainer:
         self.latent_shape = find_latent_shape(config, self.unet)
         pixels = [loading.pixels_a_latent(config.teacher) * side for side in self.latent_shape[1:]]
         self.size = (*pixels, 0, 0, *pixels)
+        adversary = self._build_adversary(text.empty, pixels) if config.gan_weight else None
         if shown is not None:
             shown = (shown[0], shown[1]._replace(size=self.size))
         self._evaluator: Any = None
@@ -143,13 +150,14 @@ class Trainer:
         self.guard = Guard(config.divergence_factor, config.mixed_precision == "fp16")
         self.train_step = DistillStep(
             config, self.accelerator, self.student, self.lora, self.teacher, self.schedule,
-            self.latent_shape, text.empty, self.guard, self.ema, clip,
+            self.latent_shape, text.empty, self.guard, self.ema, clip, adversary,
         )  # fmt: skip
         per_step = config.batch_size * config.gradient_accumulation_steps
         self.state = RunState(
             samples_per_step=per_step * self.accelerator.num_processes,
             prompts_digest=prompts_digest(text.prompts),
             teacher_digest=self._teacher_digest(),
+            pictures_digest=adversary.pictures.digest if adversary else "",
             allowed=config.allow_change,
         )
         self.checkpoints = Checkpoints(
@@ -161,6 +169,17 @@ class Trainer:
         if main:
             write_file(config.output / CONFIG, lambda path: write_config(config, path))
             self._note_start()
+
+    def _build_adversary(self, empty: Text, pixels: list[int]) -> Adversary:
+        config, device = self.config, self.accelerator.device
+        assert config.gan_pictures is not None
+        pictures = load_pictures(
+            config.gan_pictures, self.latent_shape, (pixels[0], pixels[1]),
+            partial(loading.load_vae, config.teacher, device), device,
+        )  # fmt: skip
+        self._tell(f"GAN: {len(pictures)} real pictures of '{config.gan_pictures}'.")
+        empty = empty._replace(size=self.size)
+        return Adversary(self.accelerator, self.teacher, empty, pictures, self.latent_shape)
 
     @property
     def step(self) -> int:

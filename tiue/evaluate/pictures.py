@@ -13,6 +13,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from tiue.errors import InputError
+from tiue.images import on_white
 
 NAMED = 5  # names that a message lists before it counts the rest
 
@@ -93,10 +94,7 @@ def square(image: Image.Image, size: int) -> np.ndarray:
 
     A transparent picture is laid on white.
     """
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = image.convert("RGB")
+    image = on_white(image)
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     image = image.crop((left, top, left + side, top + side))

@@ -11,10 +11,9 @@ from tiue.distill.clip import ClipScorer
 from tiue.distill.trainer import Trainer
 
 
-@pytest.fixture(scope="module")
-def parts():
+def tiny_clip(tokenizer) -> CLIPModel:
+    """A CLIP of two layers of width 32 each, pictures of 30 x 30."""
     torch.manual_seed(0)
-    tokenizer = tiny_tokenizer()
     sizes = {"hidden_size": 32, "intermediate_size": 37, "num_hidden_layers": 2,
              "num_attention_heads": 4}  # fmt: skip
     config = CLIPConfig(
@@ -25,7 +24,13 @@ def parts():
         vision_config=sizes | {"image_size": 30, "patch_size": 6},
         projection_dim=16,
     )  # fmt: skip
-    return CLIPModel(config).eval(), tokenizer, tiny_autoencoder_tiny()
+    return CLIPModel(config).eval()
+
+
+@pytest.fixture(scope="module")
+def parts():
+    tokenizer = tiny_tokenizer()
+    return tiny_clip(tokenizer), tokenizer, tiny_autoencoder_tiny()
 
 
 def test_pictures_reach_clip_as_its_own_processor_makes_them(parts):
