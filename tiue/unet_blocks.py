@@ -177,11 +177,15 @@ def mixes_rows(module: nn.Module) -> bool:
     Those of diffusers' models keep to their rows, but for perturbed-attention guidance, which tells
     the guided rows from the rest by their place. What others wrote may do anything.
     """
-    for part in module.modules():
+    # Not `modules()`, a generator in a generator: a pass looks through its decoder once.
+    waiting = [module]
+    while waiting:
+        part = waiting.pop()
         if isinstance(part, Attention):
             kind = type(part.processor)
             if "PAG" in kind.__name__ or not kind.__module__.startswith("diffusers.models."):
                 return True
+        waiting += [child for child in part._modules.values() if child is not None]
     return False
 
 

@@ -65,6 +65,9 @@ class Checks:
             TypeError: a tensor does not hold floating-point numbers.
             ValueError: the tensors lie on several devices.
         """
+        given = [tensor for tensor in tensors.values() if tensor is not None]
+        if _are_floats_of_one_device(given):
+            return given
         present = {name: tensor for name, tensor in tensors.items() if tensor is not None}
         for name, tensor in present.items():
             if not tensor.is_floating_point():
@@ -90,6 +93,9 @@ class Checks:
         Raises:
             TypeError: the dtypes differ outside of autocast.
         """
+        given = list(tensors.values())
+        if _are_alike(given):
+            return given
         present = self.tensors(**tensors)
         device = present[0].device.type
         dtypes = {tensor.dtype for tensor in present}
@@ -105,3 +111,23 @@ class Checks:
             raise TypeError(f"{self.operator}: all must have one dtype, got {found}")
         (dtype,) = dtypes
         return [None if tensor is None else tensor.to(dtype) for tensor in tensors.values()]
+
+
+def _are_floats_of_one_device(tensors: list[torch.Tensor]) -> bool:
+    device = tensors[0].device
+    for tensor in tensors:  # no generator: this runs several times an operator
+        if not tensor.dtype.is_floating_point or tensor.device != device:
+            return False
+    return True
+
+
+def _are_alike(tensors: list[torch.Tensor | None]) -> bool:
+    """Whether there is nothing to bring to one dtype, and nothing to refuse."""
+    present = [tensor for tensor in tensors if tensor is not None]
+    dtype, device = present[0].dtype, present[0].device
+    for tensor in present:
+        if tensor.dtype is not dtype or tensor.device != device:
+            return False
+    if not dtype.is_floating_point:
+        return False
+    return device.type == "meta" or not torch.is_autocast_enabled(device.type)

@@ -55,10 +55,21 @@ def choose(operator: str, bucket: str, heuristic: Config, device: torch.device) 
         return _forced.get((operator, bucket), heuristic)
     if device.type != "cuda":
         return heuristic
+    return _table(device).get(operator, {}).get(bucket, heuristic)
+
+
+def has_choice(operator: str, device: torch.device) -> bool:
+    """Whether `choose` may answer with anything but the heuristic, or has to be told of it."""
+    if _seen is not None or _forced:
+        return True
+    return device.type == "cuda" and operator in _table(device)
+
+
+def _table(device: torch.device) -> Tables:
     name = _device_name(device.index)
     if name not in _tables:
         _tables[name] = _load(name, torch.cuda.get_device_capability(device), device)
-    return _tables[name].get(operator, {}).get(bucket, heuristic)
+    return _tables[name]
 
 
 def multiprocessors(device: torch.device) -> int:

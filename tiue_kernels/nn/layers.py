@@ -36,16 +36,14 @@ def is_named(instance: object, *names: type | str) -> bool:
 
 def is_untouched(module: Any) -> bool:
     """Whether calling a module runs the forward of its class and nothing else."""
-    return runs_own_forward(module) and not any(
-        getattr(module, hooks)
-        for hooks in (
-            "_forward_hooks",
-            "_forward_pre_hooks",
-            "_backward_hooks",
-            "_backward_pre_hooks",
-            "_compiled_call_impl",  # of its own `compile`
-        )
-    )
+    # Attribute by attribute: a pass asks 600 times, and a loop over names took 4 % of an eager one.
+    return not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or module._compiled_call_impl  # of its own `compile`
+    ) and runs_own_forward(module)
 
 
 def runs_own_forward(module: Any) -> bool:
@@ -60,12 +58,12 @@ def runs_own_forward(module: Any) -> bool:
 
 def _holds_plain_tensors(module: Any) -> bool:
     """Whether a module's own parameters are torch's, or an exporter's stand-ins for those."""
-    return all(
-        parameter is None
-        or type(parameter) in (torch.Tensor, nn.Parameter)
-        or type(parameter).__module__.startswith("torch._subclasses")
-        for parameter in module._parameters.values()
-    )
+    for parameter in module._parameters.values():
+        kind = type(parameter)
+        plain = parameter is None or kind is nn.Parameter or kind is torch.Tensor
+        if not plain and not kind.__module__.startswith("torch._subclasses"):
+            return False
+    return True
 
 
 def is_affine_group_norm(norm: Any) -> bool:

@@ -123,23 +123,25 @@ def _enter(operator: Any, launch: Run, *args: Any) -> Any:
     """Runs an operator, through torch's library where autograd or a tracer must see it."""
     if torch.compiler.is_compiling():
         return operator(*args)
-    tensors = [arg for arg in _flat(args) if isinstance(arg, torch.Tensor)]
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        with recording():
-            return operator(*args)
-    if _is_traced(tensors):
-        return operator(*args)
-    return launch(*args)
+    records, traced = torch.is_grad_enabled(), _is_traced()
+    for arg in args:
+        for tensor in arg if type(arg) is list else (arg,):
+            if not isinstance(tensor, torch.Tensor):
+                continue
+            if records and tensor.requires_grad:
+                with recording():
+                    return operator(*args)
+            traced = traced or type(tensor) not in _DENSE or tensor.is_meta
+    return operator(*args) if traced else launch(*args)
 
 
-def _is_traced(tensors: list[torch.Tensor]) -> bool:
-    """Whether a mode, a transform, a profiler or a tensor without data has to see the operator."""
+def _is_traced() -> bool:
+    """Whether a mode, a transform or a profiler has to see operators."""
     return (
         torch.autograd.profiler._is_profiler_enabled
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._get_tracing_state() is not None
-        or any(type(tensor) not in _DENSE or tensor.is_meta for tensor in tensors)
     )
 
 
@@ -152,11 +154,20 @@ def _composition(name: str, run: Run, reference: Run, *args: Any) -> Any:
 
 def _outside_of_autocast(run: Run, *args: Any) -> Any:
     """Runs a launcher with autocast off: the functional layer has settled every dtype."""
-    device = next(arg for arg in _flat(args) if isinstance(arg, torch.Tensor)).device.type
+    device = _device_of(args)
     if device == "meta" or not torch.is_autocast_enabled(device):  # meta has no autocast
         return run(*args)
     with torch.autocast(device, enabled=False):
         return run(*args)
+
+
+def _device_of(args: Sequence[Any]) -> str:
+    """The kind of device that the first tensor lies on."""
+    for arg in args:
+        for tensor in arg if type(arg) is list else (arg,):
+            if isinstance(tensor, torch.Tensor):
+                return tensor.device.type
+    raise TypeError("an operator takes a tensor at least")
 
 
 def _flat(args: Sequence[Any]) -> list[Any]:
