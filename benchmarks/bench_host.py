@@ -217,19 +217,23 @@ def measure(rounds: int = 15) -> dict[str, Any]:
         rounds: Of the passes; of operators ten times as many.
 
     Returns:
-        `passes`: seconds by form; `operators`: by operator, seconds of `eager` and `tiue` on a CPU
-        and, where it has kernels, of `launch` and of `triton` in it.
+        `passes`: seconds by form; `launched`: those of `published` and `tiue` where this package's
+        operators go down to Triton's launch; `operators`: by operator, seconds of `eager` and
+        `tiue` on a CPU and, where it has kernels, of `launch` and of `triton` in it.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        found: dict[str, Any] = {"passes": medians(passes(), rounds)}
+        rivals = passes()
+        found: dict[str, Any] = {"passes": medians(rivals, rounds)}
         found["operators"] = {
-            name: medians(rivals, 10 * rounds) for name, rivals in operators().items()
+            name: medians(calls, 10 * rounds) for name, calls in operators().items()
         }
         with mocked_driver():
-            for name, rivals in launches().items():
-                times = medians(rivals, 10 * rounds)
+            pair = {form: rivals[form] for form in ("published", "tiue")}
+            found["launched"] = medians(pair, rounds)
+            for name, calls in launches().items():
+                times = medians(calls, 10 * rounds)
                 found["operators"][name] |= {"launch": times["tiue"], "triton": times["triton"]}
     finally:
         torch.set_num_threads(threads)
@@ -249,11 +253,12 @@ def pass_rows(found: dict[str, Any]) -> list[list[str]]:
     Args:
         found: What `measure` returns.
     """
-    times = found["passes"]
-    return [
-        [form, f"{1e3 * seconds:.1f} ms", f"{seconds / times['published']:.2f} x"]
-        for form, seconds in times.items()
-    ]
+    times = dict(found["passes"])
+    lines = [[form, seconds, seconds / times["published"]] for form, seconds in times.items()]
+    if launched := found.get("launched"):
+        ratio = launched["tiue"] / launched["published"]
+        lines.append(["tiue, to the GPU's launches", launched["tiue"], ratio])
+    return [[form, f"{1e3 * seconds:.1f} ms", f"{ratio:.2f} x"] for form, seconds, ratio in lines]
 
 
 def operator_rows(found: dict[str, Any]) -> list[list[str]]:

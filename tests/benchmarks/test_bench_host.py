@@ -35,7 +35,9 @@ def test_the_mocked_driver_refuses_the_interpreter():
 def test_tables_hold_what_was_timed():
     found = {
         "passes": {"published": 0.08, "tiue": 0.1},
+        "launched": {"published": 0.1, "tiue": 0.09},
         "operators": {"geglu": {"eager": 1e-5, "tiue": 2e-5, "launch": 3e-5, "triton": 1e-5}},
     }
     assert bench_host.pass_rows(found)[1] == ["tiue", "100.0 ms", "1.25 x"]
+    assert bench_host.pass_rows(found)[2] == ["tiue, to the GPU's launches", "90.0 ms", "0.90 x"]
     assert bench_host.operator_rows(found) == [["geglu", "10 µs", "20 µs", "30 µs", "10 µs"]]
