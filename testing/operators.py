@@ -295,6 +295,25 @@ def layer_norm_linear(sizes: Transformer, draw: Draw) -> Problem:
     return Problem(tensors, run, eager, flops=6 * draw.rows * tokens * channels**2)
 
 
+def adaptive_layer_norm(sizes: Transformer, draw: Draw) -> Problem:
+    """The first modulation behind the blocks that all timesteps share."""
+    channels, tokens = sizes.channels, sizes.height * sizes.width
+
+    def run(x, scale, shift) -> Tensors:
+        return (functional.adaptive_layer_norm(x, scale, shift, EPS),)
+
+    def eager(x, scale, shift) -> Tensors:
+        x = draw.repeat(F.layer_norm(x, (channels,), eps=EPS))
+        return (x * (1 + scale[:, None]) + shift[:, None],)
+
+    tensors = {
+        "x": draw(draw.batch, tokens, channels),
+        "scale": draw(draw.rows, channels),
+        "shift": draw(draw.rows, channels),
+    }
+    return Problem(tensors, run, eager)
+
+
 def group_norm_linear(sizes: Transformer, draw: Draw) -> Problem:
     channels, groups = sizes.channels, sizes.groups
 
@@ -379,6 +398,10 @@ def _added_map(sizes: Resnet) -> Hashable:
     return sizes.out, sizes.height, sizes.width, sizes.shared
 
 
+def _tokens(sizes: Transformer) -> Hashable:
+    return sizes.channels, sizes.height * sizes.width
+
+
 OPERATORS: dict[str, Operator] = {
     function.__name__: Operator(function, key)
     for function, key in (
@@ -386,7 +409,8 @@ OPERATORS: dict[str, Operator] = {
         (broadcast_add_group_norm_silu, _of(Resnet, _added_map)),
         (timestep_sum_group_norm_silu, _of(Output)),
         (cross_timestep_attention, _of(Attention)),
-        (geglu, _of(Transformer, lambda sizes: (sizes.channels, sizes.height * sizes.width))),
+        (adaptive_layer_norm, _of(Transformer, _tokens)),
+        (geglu, _of(Transformer, _tokens)),
         (one_pass_combine, _of(Latents)),
         (noise_kl, _of(Latents)),
         (upsample_conv2d, _of(Upsampler)),

@@ -182,11 +182,25 @@ def _kl(tensor: Any, size: Any) -> Call:
     return Call("noise_kl", {"noise_pred": tensor(*shape)}, functional.noise_kl)
 
 
+def _modulated(tensor: Any, size: Any) -> Call:
+    timesteps, batch, channels = size(3), size(2), size(20)
+    return Call(
+        "adaptive_layer_norm",
+        {
+            "x": tensor(batch, size(6), channels),
+            "scale": tensor(timesteps * batch, channels, plain=True),
+            "shift": tensor(timesteps * batch, channels, plain=True),
+        },
+        functional.adaptive_layer_norm,
+    )
+
+
 MAKERS: dict[str, Callable[..., Call]] = {
     "shared_skip_group_norm_silu": _shared_skip,
     "broadcast_add_group_norm_silu": _broadcast_add,
     "timestep_sum_group_norm_silu": _timestep_sum,
     "cross_timestep_attention": _attention,
+    "adaptive_layer_norm": _modulated,
     "geglu": _geglu,
     "one_pass_combine": _combine,
     "noise_kl": _kl,

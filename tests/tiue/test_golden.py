@@ -123,6 +123,7 @@ def test_kernels_give_the_published_numbers(
         for name, backends in dispatch.TABLE.items()
         if backend in backends and not is_missing(backends[backend])
     }
+    implemented -= {"adaptive_layer_norm"}  # of transformers alone
     assert {name for name, where in served if where == backend} == implemented
 
 

@@ -96,6 +96,11 @@ def _projections(x, norm_weight, norm_bias, first, second) -> Tensors:
     return F.linear(x, first), F.linear(x, second)
 
 
+def _modulated(x, scale, shift) -> Tensors:
+    x = F.layer_norm(repeat(x), x.shape[-1:], eps=1e-6)
+    return (x * (1 + scale[:, None]) + shift[:, None],)
+
+
 def _pixels(x, norm_weight, norm_bias, weight, bias) -> Tensors:
     x = F.group_norm(x, 4, norm_weight, norm_bias, 1e-6)
     return (F.linear(x.flatten(2).transpose(1, 2), weight, bias),)
@@ -205,6 +210,12 @@ CALLS: dict[str, Call] = {
         lambda x, nw, nb, *w: tuple(functional.layer_norm_linear(x, nw, nb, list(w))),
         _projections,
         (),
+    ),
+    "adaptive_layer_norm": Call(
+        {"x": noise(B, 5, 8), "scale": noise(K * B, 8), "shift": noise(K * B, 8, seed=1)},
+        lambda x, scale, shift: (functional.adaptive_layer_norm(x, scale, shift),),
+        _modulated,
+        ("adaptive_layer_norm",),
     ),
     "group_norm_linear": Call(
         {"x": _rows["hidden"], **_norm, "weight": noise(6, 16), "bias": noise(6)},

@@ -77,7 +77,7 @@ def typical_shape(operator: str) -> Sizes:
 
 def layouts(operator: str, sizes: Sizes) -> tuple[str, ...]:
     has_maps = not isinstance(sizes, Attention | Latents) and "geglu" not in operator
-    return ("nchw", "nhwc") if has_maps and operator != "layer_norm_linear" else ("nchw",)
+    return ("nchw", "nhwc") if has_maps and "layer_norm" not in operator else ("nchw",)
 
 
 def cases(pixels: int | None) -> Iterator[object]:

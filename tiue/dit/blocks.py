@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from diffusers.models.embeddings import apply_rotary_emb
 from torch import nn
 
-from tiue_kernels.functional import cross_timestep_attention
+from tiue_kernels import functional
 from tiue_kernels.nn.layers import is_named, is_plain, repeat_rows, tell_once
 
 _NORMS = ("LayerNorm", "FP32LayerNorm")
@@ -34,6 +34,9 @@ def adaptive_layer_norm(
     Returns:
         [K*B, N, C].
     """
+    plain = is_plain_norm(norm) and norm.weight is None
+    if plain and scale is not None and scale.dtype == hidden.dtype:
+        return functional.adaptive_layer_norm(hidden, scale, shift, norm.eps)
     groups = (-1, hidden.shape[0])  # (K, B) where the tokens are shared, else (1, K*B)
     normed = norm(hidden)
     if scale is not None:
@@ -146,7 +149,9 @@ def cross_attention(
         query = _by_head(query, heads, attention.norm_q, rotary)
     if attention.norm_k is not None:
         key = _by_head(key, heads, attention.norm_k, None)
-    out = cross_timestep_attention(query, key, attention.to_v(text), heads, attention_bias=mask)
+    out = functional.cross_timestep_attention(
+        query, key, attention.to_v(text), heads, attention_bias=mask
+    )
     for layer in attention.to_out:
         out = layer(out)
     return out

@@ -26,6 +26,7 @@ from tiue_kernels.functional.norms import (
 )
 from tiue_kernels.functional.outputs import noise_kl, one_pass_combine
 from tiue_kernels.functional.transformers import (
+    adaptive_layer_norm,
     cross_timestep_attention,
     geglu,
     geglu_feed_forward,
@@ -34,6 +35,7 @@ from tiue_kernels.functional.transformers import (
 )
 
 __all__ = [
+    "adaptive_layer_norm",
     "broadcast_add_group_norm_silu",
     "broadcast_add_group_norm_silu_conv2d",
     "conv2d",

@@ -148,6 +148,42 @@ def layer_norm_linear(
     return ops.layer_norm_linear.forward(x, norm_weight, norm_bias, eps, weights)[0]
 
 
+def adaptive_layer_norm(
+    x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: float = 1e-6
+) -> torch.Tensor:
+    """LayerNorm(x) * (1 + scale) + shift (adaLN; Peebles and Xie 2023, arXiv 2212.09748).
+
+    The norm has no parameters of its own. Tokens that all timesteps share are normalised once.
+
+    Args:
+        x: [K*B, N, C], or [B, N, C] where all timesteps share the tokens.
+        scale: [K*B, C].
+        shift: [K*B, C], in the dtype of scale, which may be another than that of x.
+        eps: added to the variance.
+
+    Returns:
+        [K*B, N, C] in the dtype of x.
+
+    Raises:
+        ValueError: the shapes do not fit together.
+    """
+    checks = Checks("adaptive_layer_norm")
+    checks.require(x.ndim == 3, f"x must be [rows, N, C], got {tuple(x.shape)}")
+    checks.require(
+        scale.shape == shift.shape and scale.ndim == 2 and scale.shape[1] == x.shape[2],
+        f"scale and shift must be [K*B, {x.shape[2]}], got {tuple(scale.shape)} and"
+        f" {tuple(shift.shape)}",
+    )
+    rows, shared = scale.shape[0], x.shape[0]
+    checks.require(
+        (rows == 0) == (shared == 0) and rows % max(shared, 1) == 0,
+        f"the {rows} rows of scale must be a multiple of the {shared} rows of x",
+    )
+    checks.tensors(x=x, scale=scale, shift=shift)
+    scale, shift = checks.one_dtype(scale=scale, shift=shift)
+    return ops.adaptive_layer_norm.forward(x, scale, shift, eps)[0]
+
+
 def geglu(x: torch.Tensor) -> torch.Tensor:
     """x1 * gelu(x2) with the exact error function (Shazeer 2020, arXiv 2002.05202).
 

@@ -4,6 +4,7 @@ In every file `forward` and `backward` run `torch.ops.tiue.<op>_fwd` and `_bwd`.
 """
 
 from tiue_kernels.ops import (
+    adaptive_layer_norm,
     broadcast_add_group_norm_silu,
     broadcast_add_group_norm_silu_conv2d,
     conv2d,
@@ -21,6 +22,7 @@ from tiue_kernels.ops import (
 )
 
 __all__ = [
+    "adaptive_layer_norm",
     "broadcast_add_group_norm_silu",
     "broadcast_add_group_norm_silu_conv2d",
     "conv2d",

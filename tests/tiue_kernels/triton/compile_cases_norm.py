@@ -10,10 +10,10 @@ from functools import partial
 
 import torch
 
+from tiue_kernels.triton import adaptive_layer_norm, geglu, noise_kl, one_pass_combine
 from tiue_kernels.triton import (
     broadcast_add_group_norm_silu as broadcast_add,
 )
-from tiue_kernels.triton import geglu, noise_kl, one_pass_combine
 from tiue_kernels.triton import (
     shared_skip_group_norm_silu as shared_skip,
 )
@@ -57,6 +57,10 @@ def _pointwise(maps: Maps) -> None:
         maps(4, 1, 4, 64, 64),
         maps(4),
     )
+    # PixArt's tokens at 512 pixels.
+    tokens, scale, shift = maps(1, 1024, 1152), maps(4, 1152), maps(4, 1152)
+    out, stats = adaptive_layer_norm.adaptive_layer_norm_fwd(tokens, scale, shift, 1e-6)
+    adaptive_layer_norm.adaptive_layer_norm_bwd(out, tokens, scale, shift, stats)
     geglu.geglu_bwd(geglu.geglu_fwd(x), x)
     out = one_pass_combine.one_pass_combine_fwd(latents, noise, 4.2, coefficients)
     one_pass_combine.one_pass_combine_bwd(out, noise, 4.2, coefficients)

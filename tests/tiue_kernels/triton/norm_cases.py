@@ -191,6 +191,22 @@ def gated(*shape: int) -> Case:
     return Case("geglu", (2 * noise(*shape),), (), textbook, launch)
 
 
+def modulated(timesteps: int, batch: int, tokens: int, channels: int, mean: float = 0.0) -> Case:
+    def textbook(x, scale, shift) -> Tensors:
+        x = F.layer_norm(x, x.shape[-1:], eps=EPS).repeat(timesteps, 1, 1)
+        return (x * (1 + scale[:, None]) + shift[:, None],)
+
+    def launch(module: ModuleType, x, scale, shift):
+        out, stats = module.adaptive_layer_norm_fwd(x, scale, shift, EPS)
+        assert stats.shape == (2, batch, tokens)
+        return (out,), lambda grad: module.adaptive_layer_norm_bwd(grad, x, scale, shift, stats)
+
+    rows = timesteps * batch
+    parameters = (noise(rows, channels, seed=1), noise(rows, channels, seed=2))
+    maps = (noise(batch, tokens, channels, mean=mean),)
+    return Case("adaptive_layer_norm", maps, parameters, textbook, launch, mean)
+
+
 CASES: dict[str, Case] = {
     "skip-aligned": shared_skip(2, 3, 8, 4, 3, (3, 4)),
     "skip-straddling": shared_skip(4, 2, 6, 6, 3, (2, 3)),
@@ -219,6 +235,12 @@ CASES: dict[str, Case] = {
     "kl": kl(4, 2, 4, 5, 3),
     "kl-one-axis": kl(3, 1, 2, mean=100.0),
     "kl-empty": kl(3, 0, 4, 2, 2),
+    "modulated": modulated(3, 2, 5, 12),
+    "modulated-own-rows": modulated(1, 4, 3, 16),
+    "modulated-one-token": modulated(4, 1, 1, 7),
+    "modulated-many-tokens": modulated(2, 1, 40, 70),
+    "modulated-mean-100": modulated(2, 1, 3, 33, mean=100.0),
+    "modulated-empty": modulated(3, 0, 5, 12),
     "geglu": gated(2, 3, 10),
     "geglu-wide": gated(5, 2 * 130),
     "geglu-empty": gated(0, 3, 10),

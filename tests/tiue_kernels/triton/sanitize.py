@@ -18,9 +18,9 @@ import torch
 import triton.language as tl
 from tilelens.core.trace import TritonTrace
 
+from tiue_kernels.triton import adaptive_layer_norm, geglu, group_norm, noise_kl, one_pass_combine
 from tiue_kernels.triton import broadcast_add_group_norm_silu as broadcast_add
 from tiue_kernels.triton import cross_timestep_attention as attention
-from tiue_kernels.triton import geglu, group_norm, noise_kl, one_pass_combine
 from tiue_kernels.triton import shared_skip_group_norm_silu as shared_skip
 from tiue_kernels.triton import timestep_sum_group_norm_silu as timestep_sum
 
@@ -98,7 +98,14 @@ def cases() -> dict[str, Callable[[], None]]:
         torch.ones(K, B, 4, 3, 5),
         torch.ones(K),
     )
+    tokens, rows = torch.ones(B, 5, 12), torch.ones(K * B, 12)
     found: dict[str, Callable[[], None]] = {
+        "adaptive_layer_norm-fwd": lambda: adaptive_layer_norm.adaptive_layer_norm_fwd(
+            tokens, rows, rows, 1e-5
+        ),
+        "adaptive_layer_norm-bwd": lambda: adaptive_layer_norm.adaptive_layer_norm_bwd(
+            torch.ones(K * B, 5, 12), tokens, rows, rows, torch.ones(2, B, 5)
+        ),
         "geglu-fwd": lambda: geglu.geglu_fwd(x),
         "geglu-bwd": lambda: geglu.geglu_bwd(x[:, :6].clone(), x),
         "one_pass_combine-fwd": lambda: one_pass_combine.one_pass_combine_fwd(

@@ -130,7 +130,10 @@ def test_error_is_at_most_twice_that_of_torch(name, form, backend, fences):
     ("name", "backend"),
     [
         *((name, "triton-split") for name in ("skip-straddling", "add", "sum")),
-        *((name, "triton") for name in ("skip-straddling", "add", "sum", "combine", "kl", "geglu")),
+        *(
+            (name, "triton")
+            for name in ("skip-straddling", "add", "sum", "combine", "kl", "modulated", "geglu")
+        ),
     ],
     indirect=["backend"],
 )
