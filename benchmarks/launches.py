@@ -175,6 +175,44 @@ def _figures(entry: dict[str, Any]) -> list[str]:
     return [f"{entry['kernels']:,}", *(f"{size / 1e9:.2f}" for size in sizes)]
 
 
+# Kernels and GB of one pass, channels_last, that the design was to reach.
+GOALS = {"sd15": (550, 6.5), "sdxl": (1150, 33.0)}
+WHY_NOT = (
+    "What is left of them: the residual sums of transformer blocks are kernels of their own "
+    "(torch's product takes a bias or a second summand into its epilogue, not both) and are not "
+    "joined to the layer norm behind them; q, k and v are three products, since stacked weights "
+    "would have to be copied at every pass or kept; torch's group norm before a transformer takes "
+    "contiguous maps alone, which is three kernels and two copies; the halves of a convolution's "
+    "weight that is split at the skip's border are copied at every pass, because what is kept "
+    "needs a key that sees every write, and torch's version counter misses those to `.data`, such "
+    "as a moving average's; and GEGLU is a kernel behind its product, not its epilogue."
+)
+
+
+def against_goals(models: dict[str, Any]) -> list[str]:
+    """Lines that hold the counts of this package against `GOALS`.
+
+    Args:
+        models: Of `measure`.
+
+    Returns:
+        One line a model that was counted, and why where a goal is missed.
+    """
+    lines, missed = [], False
+    for model, (kernels, gigabytes) in GOALS.items():
+        entry = models.get(model, {}).get("tiue", {}).get("nhwc", {})
+        if "kernels" not in entry:
+            continue
+        moved = (entry["read"] + entry["written"]) / 1e9
+        over = entry["kernels"] - kernels, moved - gigabytes
+        missed |= max(over) > 0
+        lines.append(
+            f"- Goal for {model}: {kernels:,} kernels and {gigabytes:g} GB; now"
+            f" {entry['kernels']:,} ({over[0]:+,}) and {moved:.2f} ({over[1]:+.2f})."
+        )
+    return [*lines, f"- {WHY_NOT}"] if missed else lines
+
+
 KIND_HEADER = ["kind", "kernels", "GB"]
 
 

@@ -257,6 +257,7 @@ def launches_section(folder: Path) -> Iterator[str]:
             if lines := launches.kind_rows(entry):
                 yield f"Kinds of kernels of `{OURS}`, sd15, {layout}:"
                 yield table(launches.KIND_HEADER, lines)
+        yield "\n".join(launches.against_goals(result["models"]))
 
 
 def host_section(folder: Path) -> Iterator[str]:

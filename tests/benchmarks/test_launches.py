@@ -141,3 +141,14 @@ def _refusing(count, form, layout):
     if layout == "nhwc":
         raise CudaError("refused")
     return count(form, "tiny", "nchw", 16)
+
+
+def test_goals_say_by_how_much_they_are_missed_and_why():
+    met = {"kernels": 500, "read": 4e9, "written": 2e9}
+    missed = {"kernels": 1200, "read": 20e9, "written": 12e9}
+    models = {"sd15": {"tiue": {"nhwc": met}}, "sdxl": {"tiue": {"nhwc": missed}}}
+    first, second, why = launches.against_goals(models)
+    assert "550 kernels and 6.5 GB; now 500 (-50) and 6.00 (-0.50)" in first
+    assert "1,150 kernels and 33 GB; now 1,200 (+50) and 32.00 (-1.00)" in second
+    assert launches.WHY_NOT in why
+    assert launches.against_goals({"sd15": models["sd15"]}) == [first]

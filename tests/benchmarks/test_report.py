@@ -107,6 +107,7 @@ def test_what_is_counted_stands_beside_what_it_was(root: Path) -> None:
     assert "| tiue | nchw | 999 | 2.00 | 1.00 | 3.00 |" in now
     assert "| tiue | nhwc | refused |" in now
     assert "| copy | 34 | 1.50 |" in now
+    assert "Goal for" not in now  # this layout was refused
     hosts = section(text, "What the host does")
     assert "| tiue | 60.0 ms | 0.75 x |" in hosts
     assert "| geglu | 10 µs |  |  |  |" in hosts
