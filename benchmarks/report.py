@@ -274,6 +274,8 @@ def host_section(folder: Path) -> Iterator[str]:
         yield label
         yield table(bench_host.PASS_HEADER, bench_host.pass_rows(result))
         yield table(bench_host.OPERATOR_HEADER, bench_host.operator_rows(result))
+    if found:
+        yield bench_host.against_goal(found[-1][1])
 
 
 def gpu_section(gpus: list[Result], folder: Path) -> Iterator[str]:

@@ -41,3 +41,10 @@ def test_tables_hold_what_was_timed():
     assert bench_host.pass_rows(found)[1] == ["tiue", "100.0 ms", "1.25 x"]
     assert bench_host.pass_rows(found)[2] == ["tiue, to the GPU's launches", "90.0 ms", "0.90 x"]
     assert bench_host.operator_rows(found) == [["geglu", "10 µs", "20 µs", "30 µs", "10 µs"]]
+
+
+def test_the_goal_is_met_or_the_line_says_why_not():
+    slow, fast = {"published": 0.1, "tiue": 0.13}, {"published": 0.1, "tiue": 0.09}
+    line = bench_host.against_goal({"passes": slow, "launched": fast})
+    assert "now 1.30 x on a CPU and 0.90 x to the GPU's launches. The rest is" in line
+    assert bench_host.against_goal({"passes": fast}).endswith("now 0.90 x on a CPU.")
