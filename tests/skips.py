@@ -12,6 +12,8 @@ import pytest
 
 # Words of the reasons that tests give.
 NEEDED = ("shared/golden", "no g++", "no nvcc")
+# Told of as well, and no error: continuous integration has none.
+TOLD = ("no Chromium",)
 
 
 class NeededByCI:
@@ -19,11 +21,14 @@ class NeededByCI:
 
     def __init__(self) -> None:
         self.skipped: list[str] = []
+        self.told: list[str] = []
 
     @pytest.hookimpl
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.skipped and any(word in str(report.longrepr) for word in NEEDED):
             self.skipped.append(report.nodeid)
+        if report.skipped and any(word in str(report.longrepr) for word in TOLD):
+            self.told.append(report.nodeid)
 
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
@@ -39,3 +44,5 @@ class NeededByCI:
             )
             for name in self.skipped:
                 terminalreporter.write_line(f"  {name}")
+        if self.told:
+            terminalreporter.write_line(f"{len(self.told)} tests skipped: no Chromium")

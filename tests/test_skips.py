@@ -33,6 +33,17 @@ def test_a_skip_for_want_of_a_compiler_is_an_error_in_ci(monkeypatch, reason, ci
     assert [line.strip() for line in lines[1:]] == ["tests/a.py::one"] * counted
 
 
+def test_a_page_that_was_not_opened_is_told_of(monkeypatch):
+    monkeypatch.setenv("CI", "true")
+    plugin, session, lines = NeededByCI(), SimpleNamespace(exitstatus=0), []
+    place = ("tests/a.py", 3, "Skipped: no Chromium: the page is not opened")
+    report = SimpleNamespace(nodeid="tests/a.py::one", skipped=True, longrepr=place)
+    plugin.pytest_runtest_logreport(report)
+    plugin.pytest_sessionfinish(session)
+    plugin.pytest_terminal_summary(SimpleNamespace(write_line=lines.append))
+    assert (session.exitstatus, lines) == (0, ["1 tests skipped: no Chromium"])
+
+
 def test_the_suite_has_the_plugin(pytestconfig):
     assert any(isinstance(x, NeededByCI) for x in pytestconfig.pluginmanager.get_plugins())
 

@@ -1,4 +1,4 @@
-"""The command line: `tiue generate | distill | embed-text | evaluate | compare | export | info`."""
+"""The command line: `tiue generate | serve | distill | evaluate | ...`."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from tiue.distill.command import SectionedHelp, distill_command, embed_text_comm
 from tiue.errors import InputError
 from tiue.evaluate.command import compare_command, evaluate_command
 from tiue.generate.command import check_writable, generate_command
+from tiue.serve.command import serve_command
 from tiue.terminal import OneLineErrors, say
 
 # torch, diffusers and transformers take seconds to import: the commands import them, so that
@@ -38,6 +39,7 @@ app = typer.Typer(
 
 
 app.command("generate", cls=SectionedHelp)(generate_command)
+app.command("serve")(serve_command)
 app.command("distill", cls=SectionedHelp)(distill_command)
 app.command("embed-text")(embed_text_command)
 app.command("evaluate")(evaluate_command)

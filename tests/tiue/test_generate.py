@@ -162,6 +162,14 @@ def test_pictures_to_begin_with(place, tmp_path, task):
     assert_same(got, want)
 
 
+def test_a_picture_over_an_image_with_a_tiny_vae(place, tmp_path):
+    """The embedded model's kind, which `from_pipe` takes along only when it is told to."""
+    plain = drawn(place, tmp_path / "plain", "--vae", "{}/vae", "--height", 24, "--width", 16)
+    over = drawn(place, tmp_path / "over", "--vae", "{}/vae", *IMAGE)
+    assert over.shape == plain.shape == (24, 16, 3)
+    assert np.abs(over - plain).max() > 1
+
+
 def test_several_pictures_over_one_image(place, tmp_path):
     one = drawn(place, tmp_path / "one", *IMAGE)
     arguments = [str(a).replace("{}", str(place)) for a in IMAGE]

@@ -111,7 +111,8 @@ def _for_pictures(pipe: Any, request: Request, is_xl: bool, dtype: torch.dtype) 
     """The pipeline of diffusers that takes the request's pictures, in one pass."""
     if not (request.image or request.controlnet):
         return pipe
-    parts = {}
+    # Given by name: of its own accord `from_pipe` takes no AutoencoderTiny along.
+    parts = {"vae": pipe.vae}
     if request.controlnet:
         known = {"ControlNetModel": ControlNetModel}
         parts["controlnet"] = _load_model(request.controlnet, known, "ControlNet", dtype)

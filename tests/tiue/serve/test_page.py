@@ -1,0 +1,163 @@
+"""The page in a real headless Chromium, over a tiny model in a process of its own."""
+
+import json
+import re
+import urllib.request
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from benchmarks.browser import PHONE, WIDE, find_chromium, open_page
+from tests.tiue.serve.conftest import ROOT, Slow, hosted, tiny_engine
+from tiue.serve.limits import Limits
+from tiue.serve.page import _entries
+
+
+@pytest.fixture(scope="module")
+def address(engine):
+    with hosted(engine) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def chromium() -> None:
+    if find_chromium() is None:
+        pytest.skip("no Chromium: the page is not opened")
+
+
+def draw(page) -> None:
+    page.get_by_role("button", name="Draw").click()
+
+
+def texts(page, label: str) -> list[str]:
+    """Captions of a gallery."""
+    gallery = page.locator(".pictures", has=page.get_by_text(label, exact=True))
+    return [text.strip() for text in gallery.locator(".caption-label").all_text_contents()]
+
+
+@pytest.mark.parametrize("size", [WIDE, PHONE], ids=["1280", "390"])
+def test_a_prompt_is_drawn_an_error_told_and_the_history_kept(chromium, address, size):
+    with open_page(address, size) as (page, wrong):
+        width = "document.documentElement.scrollWidth"
+        page.get_by_label("Prompt", exact=True).fill("apple")
+        page.get_by_label("Show what each timestep adds").check()
+        page.get_by_label("Compare with the teacher").check()
+        draw(page)
+        page.get_by_text("The teacher's, of the same seeds").wait_for()
+        assert texts(page, "Pictures") == [f"seed {seed}" for seed in range(4)]
+        assert texts(page, "What each timestep adds") == ["t=751", "+ t=501", "+ t=251", "+ t=1"]
+        assert len(texts(page, "The teacher's, of the same seeds")) == 4
+        stages = page.locator("#stages").inner_text()
+        assert re.search(r"decoder: \d+ ms, \d+%", stages)
+        assert page.evaluate(width) <= size["width"]
+
+        page.get_by_label("Prompt", exact=True).fill(" ")
+        draw(page)
+        page.get_by_text("the prompt is empty; say what to draw").wait_for()
+
+        page.reload()
+        page.get_by_text("apple (2)").wait_for()
+        page.get_by_label("Seed").fill("77")
+        page.get_by_text("apple (2)").click()
+        field = page.get_by_label("Seed")
+        for _ in range(100):
+            if field.input_value() == "2":
+                break
+            page.wait_for_timeout(50)
+        assert field.input_value() == "2"
+        assert page.get_by_label("Prompt", exact=True).input_value() == "apple"
+        assert page.evaluate(width) <= size["width"]
+        # Nothing left this machine, nothing failed, nothing was said on the console.
+        assert wrong == []
+
+
+def test_an_upload_is_drawn_over_and_a_bomb_is_not(chromium, address, tmp_path):
+    noise = np.random.default_rng(0).integers(0, 255, (16, 16, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "good.png")
+    Image.new("1", (9000, 9000)).save(tmp_path / "bomb.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "good.png").read_bytes()[:200])
+    with open_page(address) as (page, wrong):
+        page.get_by_role("button", name="More").click()
+        upload = page.locator("input[type=file]")
+        for name, word in (("bomb", "a picture may have"), ("cut", "no whole PNG")):
+            upload.set_input_files(tmp_path / f"{name}.png")
+            page.get_by_label("Remove Image").or_(page.get_by_label("Clear")).first.wait_for()
+            draw(page)
+            page.get_by_text(word).first.wait_for()
+            page.get_by_label("Remove Image").or_(page.get_by_label("Clear")).first.click()
+        upload.set_input_files(tmp_path / "good.png")
+        page.get_by_label("Remove Image").or_(page.get_by_label("Clear")).first.wait_for()
+        draw(page)
+        page.get_by_text("seed 0", exact=True).wait_for()
+        assert wrong == []
+
+
+def test_cancel_frees_the_place(chromium):
+    engine = tiny_engine(max_batch=1)
+    slow = Slow(engine)
+    with hosted(engine) as url, open_page(url) as (page, wrong):
+        draw(page)
+        assert slow.begun.wait(20)
+        assert metric(url, "tiue_waiting_pictures") == 3  # of four
+        page.get_by_role("button", name="Cancel").click()
+        for _ in range(200):
+            if metric(url, "tiue_waiting_pictures") == 0:
+                break
+            page.wait_for_timeout(50)
+        assert metric(url, "tiue_waiting_pictures") == 0
+        assert metric(url, 'tiue_requests_total{door="page",outcome="cancelled"}') == 1
+        slow.go.set()
+        draw(page)
+        page.get_by_text("seed 3", exact=True).wait_for()
+        assert wrong == []
+
+
+def metric(url: str, name: str) -> float:
+    with urllib.request.urlopen(f"{url}/metrics", timeout=10) as answer:
+        found = re.search(rf"^{re.escape(name)} (\S+)$", answer.read().decode(), re.MULTILINE)
+    return float(found[1]) if found else 0.0
+
+
+def send_event(address: str, photo: dict | None, session: str) -> tuple[bool, str]:
+    """The page's own event, sent past the browser: whether it drew, and all that was said."""
+    with urllib.request.urlopen(f"{address}/config", timeout=30) as answer:
+        event = next(d for d in json.load(answer)["dependencies"] if len(d["inputs"]) > 9)
+    data = ["apple", 1, 4, 0, 1, "", photo, 0.8, False, False, []]
+    body = {"data": data, "fn_index": event["id"], "session_hash": session}
+    request = urllib.request.Request(
+        f"{address}/gradio_api/queue/join",
+        json.dumps(body).encode(),
+        {"Content-Type": "application/json"},
+    )
+    urllib.request.urlopen(request, timeout=30).close()
+    stream = f"{address}/gradio_api/queue/data?session_hash={session}"
+    with urllib.request.urlopen(stream, timeout=30) as answer:
+        said = answer.read().decode()
+    done = [json.loads(line[6:]) for line in said.splitlines() if "process_completed" in line]
+    return done[0]["success"], said
+
+
+def test_the_page_follows_no_address_and_no_path(address):
+    assert send_event(address, None, "none")[0]
+    secret = ROOT / "docs" / "images" / "openmoji-student.png"  # a picture of this machine
+    paths = ("http://127.0.0.1:9/a.png", "/etc/passwd", "data:image/png;base64,AA", str(secret))
+    for session, path in zip("abcd", paths, strict=True):
+        photo = {"path": path, "meta": {"_type": "gradio.FileData"}}
+        drawn, said = send_event(address, photo, session)
+        assert not drawn
+        assert "no address and no path is followed" in said, said
+
+
+def test_a_history_of_another_make_is_left_out():
+    good = {"prompt": "a", "steps": 4, "seed": 1, "guidance": 1, "negative": "", "picture": PIXEL}
+    assert _entries([good, {}, None, good | {"picture": "x"}, good | {"seed": "1"}]) == [good]
+    assert _entries({"a": 1}) == []
+    assert len(_entries([good] * 99)) == 24
+    assert Limits().read_base64(PIXEL).size == (1, 1)
+
+
+PIXEL = (
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNkYPhfDwAChwGA60e6kgAAAABJRU5ErkJg"
+    "gg=="
+)
