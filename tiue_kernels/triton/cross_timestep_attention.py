@@ -52,6 +52,8 @@ def blocks(kernel: str, head_dim: int, keys: int, dtype: torch.dtype) -> Blocks:
             return Blocks(32, 32, 8, 1) if tailed else Blocks(32 if wide else 64, 16, 8, 1)
         return Blocks(64, 16 if tailed else 32, 8, 1)
     if kernel == "few_keys_forward":
+        # 77 keys take 128, not 80: Triton's blocks are powers of two, and a tail of 16 behind 64
+        # would split the softmax. The 51 are masked, so no byte is read for them.
         rows = max(16, power_of_two(keys))
         return Blocks(64, rows, 8, 1) if wide else Blocks(64, rows, 4, 2)
     if kernel == "forward":
