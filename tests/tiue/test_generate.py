@@ -89,6 +89,33 @@ def test_one_file_draws_what_the_folder_draws(place, tmp_path):
     np.testing.assert_array_equal(variant, want)
 
 
+def test_the_models_in_the_package_by_name(tmp_path, monkeypatch, caplog):
+    by_default = run("generate", "apple", "--output", tmp_path / "a")
+    by_name = run("generate", "apple", "--model", "openmoji", "--output", tmp_path / "b")
+    assert by_default.exit_code == by_name.exit_code == 0, by_name.output
+    drawn = [picture(tmp_path / side / "apple_seed0.png") for side in "ab"]
+    assert (drawn[0] == drawn[1]).all()
+
+    # The scenes model says which words it was never shown; its student is not distilled yet.
+    missing = run("generate", "apple", "--model", "scenes", "--output", tmp_path / "c")
+    if missing.exit_code:
+        assert "python -m tiue.scenes.train" in missing.output
+    asked = []
+
+    def load(name, weights, dtype):
+        asked.append((name, weights.parent.name))
+        return TiUEPipeline(**tiny_pipeline().components)
+
+    monkeypatch.setattr("tiue.generate.loading.load_student", load)
+    prompt = "a small apple and a dragon"
+    result = run("generate", prompt, "--model", "scenes", "--output", tmp_path / "d")
+    assert result.exit_code == 0, result.output
+    assert asked == [("scenes", "scenes")]
+    (said,) = [r.getMessage() for r in caplog.records if "does not know" in r.getMessage()]
+    assert "'dragon'" in said
+    assert "'apple'" not in said
+
+
 def test_sdxl(tmp_path):
     pipe = StableDiffusionXLPipeline(**tiny_xl_parts(), add_watermarker=False)
     pipe.save_pretrained(tmp_path / "model")

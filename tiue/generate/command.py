@@ -43,8 +43,8 @@ def generate_command(
         str | None,
         typer.Option(
             help="A Stable Diffusion 1.x, 2.x or XL model: a folder, a Hugging Face id such as"
-            " senmaonk/loopfree-sd1.5, or one .safetensors file. By default the small OpenMoji"
-            " model in this package, which needs no network.",
+            " senmaonk/loopfree-sd1.5, or one .safetensors file; or openmoji or scenes, the small"
+            " models in this package, which need no network. By default openmoji.",
         ),
     ] = None,
     config: Annotated[
@@ -168,9 +168,12 @@ def generate_command(
 
     from tiue.generate.loading import load
     from tiue.images import contact_sheet, save_image
+    from tiue.scenes.grammar import warn_of_unknown_words
 
     place = find_device(device)
     pipe = load(request, find_dtype(dtype, place)).to(place)
+    if request.embedded == "scenes":
+        warn_of_unknown_words(prompts)
     if compile:
         pipe.compile(None if place.type == "cuda" else "openvino")
     pipe.set_progress_bar_config(disable=None, leave=False)  # None: on a terminal only

@@ -13,6 +13,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny, ControlNetModel, Diffusion
 from safetensors import SafetensorError, safe_open
 
 import tiue
+from tiue.embedded import load_student, weights_folder
 from tiue.errors import CheckpointError, DependencyError
 from tiue.generate.request import Request
 from tiue.loading.checks import looks_local
@@ -43,16 +44,18 @@ def load(request: Request, dtype: torch.dtype) -> Any:
     is_xl = _is_xl(request)
     parts = {} if request.vae is None else {"vae": _load_vae(request.vae, is_xl, dtype)}
     cls = tiue.TiUEXLPipeline if is_xl else tiue.TiUEPipeline
-    if request.model is None:
-        pipe = tiue.load_openmoji(torch_dtype=dtype)
+    if (embedded := request.embedded) is not None:
+        pipe = load_student(embedded, weights_folder(embedded), dtype)
         if parts:
             pipe = tiue.TiUEPipeline.from_pipe(pipe, **parts)
-    elif request.is_file:
-        config = {} if request.config is None else {"config": request.config}
-        pipe = cls.from_single_file(request.model, dtype=dtype, **config, **parts)
     else:
-        variant = {} if request.variant is None else {"variant": request.variant}
-        pipe = cls.from_pretrained(request.model, dtype=dtype, **variant, **parts)
+        assert request.model is not None
+        if request.is_file:
+            config = {} if request.config is None else {"config": request.config}
+            pipe = cls.from_single_file(request.model, dtype=dtype, **config, **parts)
+        else:
+            variant = {} if request.variant is None else {"variant": request.variant}
+            pipe = cls.from_pretrained(request.model, dtype=dtype, **variant, **parts)
     pipe = _for_pictures(pipe, request, is_xl, dtype)
     _add_loras(pipe, request)
     return pipe
@@ -71,7 +74,7 @@ def be_quiet() -> None:
 def _is_xl(request: Request) -> bool:
     """Whether a model is Stable Diffusion XL; what cannot be read is told by the loader."""
     model = request.model
-    if model is None:
+    if model is None or request.embedded is not None:
         return False
     if request.is_file:
         try:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tiue.embedded import EMBEDDED
 from tiue.errors import InputError
 
 if TYPE_CHECKING:
@@ -46,7 +47,8 @@ class Request:
     """The model and the pictures that a drawing begins with.
 
     Attributes:
-        model: a folder, a hub id or one .safetensors file; None for the embedded model.
+        model: a folder, a hub id, one .safetensors file, or the name of a model in this package;
+            None for the OpenMoji model.
         config: a folder or hub id that says how the parts of one file are made.
         variant: of the weights in a folder or on the hub, such as "fp16".
         loras: added to the UNet, with their weights.
@@ -72,6 +74,14 @@ class Request:
     controlnet: str | None = None
     control_image: Path | None = None
     vae: str | None = None
+
+    @property
+    def embedded(self) -> str | None:
+        """The model in this package that is meant; a folder of its name comes before it."""
+        if self.model is None:
+            return "openmoji"
+        named = self.model in EMBEDDED and not Path(self.model).exists()
+        return self.model if named else None
 
     @property
     def is_file(self) -> bool:
