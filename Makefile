@@ -4,7 +4,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-SOURCES := tiue tiue_kernels testing tests benchmarks setup.py
+SOURCES := tiue tiue_kernels testing tests benchmarks docs setup.py
 PROMPTS := "red apple" "rocket" "cat face" "sun" "birthday cake" \
            "evergreen tree" "house" "pizza" "red heart" "octopus"
 
@@ -12,7 +12,7 @@ PROMPTS := "red apple" "rocket" "cat face" "sun" "birthday cake" \
 BENCHES := one_pass block train_step pipeline
 OPTIONS_train_step := --bench-rounds 2
 
-.PHONY: demo distill-demo test lint bench sweep gpu clean
+.PHONY: demo distill-demo test quick docs lint bench sweep gpu clean
 
 demo: $(VENV)/.installed-base
 	$(BIN)/tiue generate $(PROMPTS) --seed 0 --output out
@@ -21,9 +21,26 @@ demo: $(VENV)/.installed-base
 distill-demo: $(VENV)/.installed-train
 	$(BIN)/python -m tiue.openmoji.demo --output out/distill
 
+# What a change needs before it is shown to anyone: the golden cases, every operator against torch on
+# small shapes, the choice of a backend, the pipeline, a distillation step. Compilers are for `test`.
+QUICK := tests/test_house.py tests/test_map.py tests/tiue/test_golden.py tests/tiue/test_schedule.py \
+         tests/tiue/test_unet.py tests/tiue/test_pipeline.py tests/tiue/dit tests/tiue/distill/test_step.py \
+         tests/tiue/distill/test_losses.py tests/tiue_kernels/test_ops.py \
+         tests/tiue_kernels/test_functional.py tests/tiue_kernels/test_reference.py \
+         tests/tiue_kernels/test_dispatch.py
+
+quick: $(VENV)/.installed-test
+	$(BIN)/ruff check $(SOURCES)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal $(QUICK) \
+	    -k "not opcheck and not compiles and not published_numbers"
+
+# The site, into out/site; links, anchors and references are checked, and a warning is an error.
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 # One thread a worker: two workers of one thread beat one worker of two on the suite's small shapes.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check $(SOURCES)

@@ -1,6 +1,8 @@
 """Rules of the house that no other test would notice being broken."""
 
 import ast
+import doctest
+import importlib
 import importlib.metadata
 import pkgutil
 import re
@@ -75,6 +77,16 @@ def test_one_version():
     declared = re.search(r'^version = "(.+)"$', text, flags=re.MULTILINE)[1]
     assert tiue.__version__ == tiue_kernels.__version__ == declared
     assert importlib.metadata.version("tiue") == declared
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["tiue.schedule", "tiue_kernels.functional.transformers", "tiue_kernels.functional.outputs"],
+)
+def test_examples_of_docstrings_run(name: str) -> None:
+    done = doctest.testmod(importlib.import_module(name))
+    assert done.attempted
+    assert not done.failed
 
 
 def run_readme_example(number: int) -> dict:

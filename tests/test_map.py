@@ -12,6 +12,10 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
+import torch
+
+from tests.tiue.unets import make_inputs, make_unet
+from tiue import TiUEUNet
 
 ROOT = Path(__file__).parents[1]
 OURS = ("tiue", "tiue_kernels", "testing", "benchmarks", "tests")
@@ -175,6 +179,35 @@ def test_rows_of_the_map_know_one_another_in_no_circle() -> None:
         others = {row_of(target).places[0] for target in targets} - {own}
         rows.setdefault(own, set()).update(others)
     sort(rows)
+
+
+@torch.no_grad()
+def test_a_skip_goes_from_decoder_to_kernel_through_six_rooms() -> None:
+    """What CONTRIBUTING says of the walk: the rows of the map on the stack of a launcher."""
+    unet = TiUEUNet.from_unet(make_unet("sd1"))
+    names = {str(path): name for name, path in PATHS.items()}
+    walks: list[tuple[str, ...]] = []
+
+    def note(frame, event: str, _arg) -> None:
+        if event != "call" or frame.f_code.co_name != "shared_skip_group_norm_silu_fwd":
+            return
+        rooms: list[str] = []
+        while frame is not None and frame.f_code.co_name != "decode_up_block":
+            name = names.get(frame.f_code.co_filename)
+            if name is not None and (not rooms or rooms[-1] != row_of(name).places[0]):
+                rooms.append(row_of(name).places[0])
+            frame = frame.f_back
+        if frame is not None:  # the encoder's resnets have no skip
+            walks.append(tuple(reversed(rooms)))
+
+    sys.setprofile(note)
+    try:
+        inputs = make_inputs()
+        unet.predict_noise(inputs["latents"], [751, 1], inputs["prompt_embeds"])
+    finally:
+        sys.setprofile(None)
+    kernels = ("nn/", "functional/", "ops/", "dispatch.py", "reference/")
+    assert set(walks) == {("tiue/unet.py", *(f"tiue_kernels/{room}" for room in kernels))}
 
 
 def test_a_circle_and_an_unknown_import_would_be_noticed(tmp_path) -> None:

@@ -77,9 +77,12 @@ def load_teacher(
     import torch
     from diffusers import StableDiffusionPipeline
 
-    return StableDiffusionPipeline.from_pretrained(
-        _existing(model, weights / "teacher"), dtype=torch_dtype or torch.float32
-    )
+    from tiue.loading.weights import without_tables
+
+    with without_tables():
+        return StableDiffusionPipeline.from_pretrained(
+            _existing(model, weights / "teacher"), dtype=torch_dtype or torch.float32
+        )
 
 
 def _existing(model: str, folder: Path) -> Path:

@@ -64,6 +64,15 @@ class OnePassSchedule:
             InputError: K < 1, or more steps than the scheduler was made for; no strength in 0..1.
             SchedulerError: the scheduler draws noise, clips, thresholds, wants more than one
                 model output a step, or is not linear for another reason.
+
+        Examples:
+            >>> from diffusers import DDIMScheduler
+            >>> betas = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+            >>> published = {"steps_offset": 1, "clip_sample": False, "set_alpha_to_one": False}
+            >>> scheduler = DDIMScheduler(**betas, **published)
+            >>> schedule = OnePassSchedule.from_scheduler(scheduler, num_decoder_steps=4)
+            >>> schedule.timesteps.tolist(), round(schedule.latent_coefficient, 3)
+            ([751, 501, 251, 1], 4.235)
         """
         config = scheduler.config
         limit = config.get("num_train_timesteps")

@@ -130,7 +130,9 @@ def forced_backends(operator: str | None = None) -> tuple[str, ...]:
     """
     forced = _forced[-1:]  # in one step: another thread may take the last one out
     if not forced:
-        return _forced_by_environment()
+        if not _environment:
+            _environment.append(_forced_by_environment())
+        return _environment[0]
     if operator is not None and operator in forced[0].of_operators:
         return (forced[0].of_operators[operator],)
     return forced[0].backends
@@ -142,7 +144,9 @@ def settings() -> tuple[Any, ...]:
     return forced_backends(), tuple(sorted(forced[0].of_operators.items())) if forced else ()
 
 
-@functools.cache
+_environment: list[tuple[str, ...]] = []  # read once; torch.compile traces no cache of functools
+
+
 def _forced_by_environment() -> tuple[str, ...]:
     names = os.environ.get(VARIABLE)
     return _known(tuple(name.strip() for name in names.split(","))) if names else ()
@@ -378,5 +382,6 @@ def _tell_once(operator: str, backend: str, reasons: tuple[str, ...]) -> None:
 
 def reset() -> None:
     """Forgets every choice; for use after a library was loaded or the environment changed."""
-    for remembered in (_able, _refusals, _key_of, _forced_by_environment):
+    for remembered in (_able, _refusals, _key_of):
         remembered.cache_clear()
+    _environment.clear()

@@ -1,6 +1,7 @@
 """Model folders that lack weights, hold others, or name code: refused before anything is drawn."""
 
 import json
+import logging
 import shutil
 import sys
 
@@ -9,10 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import tiue
 from tests.tiue.tiny import tiny_pipeline
 from tiue import TiUEPipeline, TiUEUNet
 from tiue.distill import loading
 from tiue.errors import ArchitectureError, CheckpointError, InputError, SchedulerError
+from tiue.openmoji import load_openmoji_teacher
 
 FILES = {
     "unet": "diffusion_pytorch_model.safetensors",
@@ -232,3 +235,20 @@ def test_a_tokenizer_with_more_words_than_the_text_encoder(folder):
     edit_json(folder / "tokenizer" / "tokenizer_config.json", bos_token="<|start|endoftext|>")
     with pytest.raises(CheckpointError, match=r"tokenizer knows \d+ tokens, its text encoder \d+:"):
         TiUEPipeline.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("load", [tiue.load_openmoji, load_openmoji_teacher])
+def test_the_embedded_model_loads_without_a_warning(load, recwarn):
+    said: list[logging.LogRecord] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = said.append
+    names = ("diffusers", "transformers", "tiue")
+    for name in names:
+        logging.getLogger(name).addHandler(handler)
+    try:
+        load()
+    finally:
+        for name in names:
+            logging.getLogger(name).removeHandler(handler)
+    assert [record.getMessage() for record in said] == []
+    assert [str(warning.message) for warning in recwarn] == []

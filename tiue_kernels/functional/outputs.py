@@ -27,6 +27,11 @@ def one_pass_combine(
 
     Raises:
         ValueError: the shapes do not fit together.
+
+    Examples:
+        >>> noise_pred = torch.tensor([[1.0, 2.0], [3.0, 4.0]])  # K = 2, B = 2
+        >>> one_pass_combine(torch.ones(2), noise_pred, 4.0, torch.tensor([-2.0, -1.0]))
+        tensor([-1., -4.])
     """
     checks = Checks("one_pass_combine")
     wanted = (*noise_coefficients.shape, *latents.shape)

@@ -195,6 +195,10 @@ def geglu(x: torch.Tensor) -> torch.Tensor:
 
     Raises:
         ValueError: the last axis is odd.
+
+    Examples:
+        >>> geglu(torch.tensor([2.0, -3.0, 1.0, 0.0]))
+        tensor([1.6827, -0.0000])
     """
     checks = Checks("geglu")
     checks.require(
