@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import bench_host, counted, launches, multiply_adds, plots
+from benchmarks import load as serving
 from benchmarks.markdown import seconds, table
 from benchmarks.rivals import FORMS
 from testing.configs import COUNTED
@@ -59,9 +60,9 @@ def load(results: Path) -> Iterator[Result]:
         yield json.loads(path.read_text(encoding="utf-8")) | {"title": path.stem}
 
 
-def load_gpu(results: Path) -> list[Result]:
-    """What `make gpu` wrote, by device."""
-    files = sorted(results.glob("*/gpu.json"))
+def load_named(results: Path, name: str) -> list[Result]:
+    """What `make gpu` (gpu.json) or `python -m benchmarks.load` (load.json) wrote, by device."""
+    files = sorted(results.glob(f"*/{name}"))
     return [json.loads(path.read_text(encoding="utf-8")) for path in files]
 
 
@@ -313,15 +314,20 @@ def losses(results: list[Result], gpus: list[Result]) -> Iterator[str]:
 
 
 def performance_page(
-    results: list[Result], gpus: list[Result], folder: Path, counted_folder: Path = counted.FOLDER
+    results: list[Result],
+    gpus: list[Result],
+    folder: Path,
+    counted_folder: Path = counted.FOLDER,
+    loads: list[Result] | None = None,
 ) -> str:
     """Return docs/performance.md, its plots drawn.
 
     Args:
         results: What `load` yields.
-        gpus: What `load_gpu` returns.
+        gpus: Of `make gpu`.
         folder: Of the images.
         counted_folder: Of the results of `benchmarks.launches` and `benchmarks.bench_host`.
+        loads: Of `benchmarks.load`.
 
     Returns:
         The page as Markdown.
@@ -352,6 +358,7 @@ def performance_page(
     for title, stem in (("Blocks", "bench_block"), ("Training step", "bench_train_step")):
         parts += [f"## {title}", *race_section(results, stem)]
     parts += ["## The embedded model", *pipeline_section(results)]
+    parts += ["## Serving", *serving.section(loads or [])]
     parts += ["## GPU", *gpu_section(gpus, folder)]
     lost = "\n".join(losses(results, gpus))
     nowhere = "Nowhere in what was measured." if results or gpus else NOT_MEASURED
@@ -447,10 +454,11 @@ def main(root: Path = ROOT) -> None:
         root: The checkout.
     """
     folder = root / "benchmarks" / "results"
-    results, gpus = list(load(folder)), load_gpu(folder)
+    results, gpus = list(load(folder)), load_named(folder, "gpu.json")
     readme = root / "README.md"
     new_readme = replace_block(readme.read_text(encoding="utf-8"), readme_block(results))
-    page = performance_page(results, gpus, root / "docs" / "images", folder / "counted")
+    loads = load_named(folder, "load.json")
+    page = performance_page(results, gpus, root / "docs" / "images", folder / "counted", loads)
     (root / "docs" / "performance.md").write_text(page, encoding="utf-8")
     readme.write_text(new_readme, encoding="utf-8")
 

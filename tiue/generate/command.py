@@ -21,11 +21,21 @@ from tiue.terminal import check_seeds, read_texts, say
 
 def generate_command(
     prompts: Annotated[
-        list[str],
+        list[str] | None,
         typer.Argument(
             metavar="PROMPTS...", help='What to draw, each text in quotes: "red apple" "rocket".'
         ),
-    ],
+    ] = None,
+    prompt_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--prompts",
+            metavar="FILE",
+            help="Instead: a .jsonl of objects with prompt and perhaps seed, or a .txt of lines."
+            " What is there already is not drawn again; `accelerate launch -m tiue generate`"
+            " shares the work; a manifest tells prompt, seed, file and hash.",
+        ),
+    ] = None,
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Folder for the pictures; made if missing.")
     ] = Path("out"),
@@ -142,8 +152,15 @@ def generate_command(
     ] = 8,
 ) -> None:
     """Draw a picture of each prompt, and a contact sheet of all of them."""
-    prompts = read_texts(prompts)
+    if bool(prompts) == bool(prompt_file):
+        raise typer.BadParameter("say what to draw: either PROMPTS or a file of them, --prompts")
+    prompts = read_texts(prompts or [])
     check_seeds(seed, num_images)
+    listed = None
+    if prompt_file is not None:
+        from tiue.generate.many import read_jobs
+
+        listed = read_jobs(prompt_file, seed, num_images)
     if not all(prompt.strip() for prompt in prompts):
         raise InputError("a prompt is empty; say what to draw")
     request = Request(
@@ -164,13 +181,14 @@ def generate_command(
     given = request.pictures()
     check_writable(output)
 
-    import torch
-
     from tiue.generate.loading import load
+    from tiue.generate.many import MANIFEST, draw_batch, draw_many, own_device
     from tiue.images import contact_sheet, save_image
     from tiue.scenes.grammar import warn_of_unknown_words
 
     place = find_device(device)
+    if listed is not None:
+        place = own_device(place)
     pipe = load(request, find_dtype(dtype, place)).to(place)
     if request.embedded == "scenes":
         warn_of_unknown_words(prompts)
@@ -184,22 +202,19 @@ def generate_command(
         "skip_below": skip_below,
         **(given.arguments(strength) or {"height": height, "width": width}),
     }
+    if listed is not None:
+        drawn = draw_many(pipe, listed, output, batch_size, arguments, negative_prompt)
+        if drawn is not None:
+            say(f"{output / MANIFEST}: {len(listed)} pictures, {drawn} drawn now by this process")
+        return
     jobs = [(prompt, seed + index) for prompt in prompts for index in range(num_images)]
     names = _file_names(jobs)
     pictures = []
     with pipe.record_timings() as timings:
         for start in range(0, len(jobs), batch_size):
             batch = jobs[start : start + batch_size]
-            # Noise comes from the CPU whatever the device: a seed means the same everywhere.
-            generators = [torch.Generator().manual_seed(own_seed) for _, own_seed in batch]
-            rows = {
-                # diffusers takes one picture for each generator.
-                name: [value] * len(batch) if name.endswith("image") else value
-                for name, value in arguments.items()
-            }
-            if negative_prompt is not None:
-                rows["negative_prompt"] = [negative_prompt] * len(batch)
-            images = pipe([prompt for prompt, _ in batch], generator=generators, **rows).images
+            texts, seeds = (list(column) for column in zip(*batch, strict=True))
+            images = draw_batch(pipe, texts, seeds, arguments, negative_prompt)
             for picture, name in zip(images, names[start:], strict=False):
                 save_image(picture, output / name)
                 say(output / name)
