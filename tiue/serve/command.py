@@ -128,8 +128,8 @@ def load_engine(
     """
     from diffusers import DiffusionPipeline
 
+    from tiue.embedded import load_teacher, weights_folder
     from tiue.generate.loading import load
-    from tiue.openmoji import load_openmoji_teacher
     from tiue.openmoji.config import GUIDANCE_SCALE, TEACHER_STEPS
     from tiue.serve.engine import Engine
 
@@ -145,10 +145,10 @@ def load_engine(
             beside = DiffusionPipeline.from_pretrained(teacher, dtype=kind, use_safetensors=True)
         except (OSError, ValueError) as error:
             raise CheckpointError(f"cannot load the teacher {teacher}: {error}") from error
-    elif request.model is None:
-        beside = load_openmoji_teacher(torch_dtype=kind)
+    elif request.embedded is not None:
+        beside = load_teacher(request.embedded, weights_folder(request.embedded), kind)
         arguments["guidance_scale"] = GUIDANCE_SCALE
     if beside is not None:
         beside = beside.to(place)
-    name = "openmoji" if request.model is None else Path(request.model).name
+    name = request.embedded or Path(str(request.model)).name
     return Engine(pipe, name, limits or Limits(), beside, arguments)
