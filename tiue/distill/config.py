@@ -168,6 +168,11 @@ class DistillConfig:
         Checkpointing,
         "Blocks of the student whose activations backward computes again: none, encoder, all.",
     ] = "none"
+    compile: Annotated[
+        str,
+        "Backend of torch.compile for student and teacher ('inductor'), which takes minutes at the "
+        "start; 'no' runs them as they are.",
+    ] = "no"
     sharding: Annotated[
         Sharding,
         "'full' spreads both networks, gradients, optimisers and average over all processes "

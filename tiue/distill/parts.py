@@ -8,6 +8,7 @@ import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
 from diffusers import UNet2DConditionModel
+from torch import nn
 
 from tiue.distill import loading
 from tiue.distill.config import DistillConfig
@@ -123,6 +124,24 @@ def checkpoint_blocks(unet: TiUEUNet, config: DistillConfig) -> None:
         for module in unet.up_blocks.modules():
             if hasattr(module, "gradient_checkpointing"):
                 module.gradient_checkpointing = False
+
+
+def compile_network(network: nn.Module, backend: str) -> None:
+    """Let torch.compile have a network's calls, in place: names and hooks stay.
+
+    Raises:
+        InputError: If there is no such backend.
+    """
+    import torch._dynamo  # only where it is asked for: it takes seconds
+
+    if backend not in torch._dynamo.list_backends(exclude_tags=()):
+        raise InputError(
+            f"compile must be 'no' or a backend of torch.compile, one of "
+            f"{', '.join(torch._dynamo.list_backends())}; it is '{backend}'."
+        )
+    # A run meets few shapes, each a graph of its own: rows of the student, of the teacher with
+    # guidance, and of the LoRA. Its switch is a guard, so both settings keep their graphs.
+    network.compile(backend=backend, dynamic=False)
 
 
 def find_latent_shape(config: DistillConfig, unet: UNet2DConditionModel) -> tuple[int, int, int]:

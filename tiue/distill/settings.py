@@ -27,7 +27,7 @@ MAY_CHANGE = frozenset({
     "mixed_precision", "ema_on_cpu", "push_to_hub", "gradient_checkpointing",
     "recompute_feed_forward", "deterministic", "evaluate_every", "evaluate_metric",
     "evaluate_preset", "evaluate_prompts", "evaluate_reference", "evaluate_count",
-    "gan_pictures",
+    "gan_pictures", "compile",
 })  # fmt: skip
 
 

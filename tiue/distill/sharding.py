@@ -38,12 +38,14 @@ def check_sharding(config: DistillConfig, accelerator: Accelerator) -> None:
     """Refuse what cannot be sharded.
 
     Raises:
-        InputError: For one process, float16 (its scaled gradients) and 8-bit optimisers.
+        InputError: For one process, float16 (its scaled gradients), 8-bit optimisers, a student
+            that is a LoRA, and torch.compile, which has not been tried with it.
     """
     for refused, cure in (
         (accelerator.num_processes == 1, "several processes: accelerate launch --num_processes N"),
         (config.mixed_precision == "fp16", "mixed_precision bf16 or no"),
         (config.optimizer == "adamw8bit", "optimizer adam or adamw"),
+        (config.compile != "no", "compile 'no'"),
         (config.student_lora_rank > 0, "student_lora_rank 0: a LoRA fits without it"),
     ):
         if refused:

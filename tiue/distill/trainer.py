@@ -31,6 +31,7 @@ from tiue.distill.optimizers import build_optimizer, build_rate_schedule
 from tiue.distill.output import claim_output, clear_leftovers, find_checkpoint
 from tiue.distill.parts import (
     WEIGHT_TYPES,
+    compile_network,
     find_latent_shape,
     load_student,
     load_text,
@@ -395,6 +396,8 @@ class Trainer:
     ) -> Trained:
         """Spread a network over the processes, and give it its optimiser."""
         accelerator, sharded = self.accelerator, self.config.sharding == "full"
+        if self.config.compile != "no":
+            compile_network(network, self.config.compile)
         if sharded:
             network = shard(network.to(accelerator.device), blocks, accelerator)
         parameters = [p for p in network.parameters() if p.requires_grad]
