@@ -12,7 +12,7 @@ PROMPTS := "red apple" "rocket" "cat face" "sun" "birthday cake" \
 BENCHES := one_pass block train_step pipeline
 OPTIONS_train_step := --bench-rounds 2
 
-.PHONY: demo distill-demo test quick docs lint bench sweep gpu clean
+.PHONY: demo distill-demo test quick docs lint bench sweep gpu clean kernels
 
 demo: $(VENV)/.installed-base
 	$(BIN)/tiue generate $(PROMPTS) --seed 0 --output out
@@ -74,6 +74,10 @@ sweep: $(VENV)/.installed-test
 	$(call run_bench,one_pass,one_pass_batch,$(SWEEP) --bench-batch 1 4); \
 	$(call keep_bench,one_pass_steps one_pass_batch)
 	$(BIN)/python -m benchmarks.report
+
+# The operators in the layout of Hugging Face's `kernels`, in out/kernels.
+kernels: $(VENV)/.installed-base
+	$(BIN)/python -m integrations.kernels.write
 
 # Installs nothing and needs no network: .venv where it is, else $(PYTHON) with the torch that it has.
 gpu:

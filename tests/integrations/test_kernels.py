@@ -1,0 +1,95 @@
+"""The folder that `make kernels` writes, loaded by Hugging Face's `kernels` as anyone would."""
+
+import copy
+import json
+import re
+
+import pytest
+import torch
+from diffusers.models.activations import GEGLU
+from diffusers.models.resnet import ResnetBlock2D
+from kernels import LocalLayerRepository, Mode, kernelize, use_kernel_mapping
+from kernels.layer import use_kernel_forward_from_hub
+from torch import nn
+
+import tiue_kernels.functional
+from integrations.kernels.write import write
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    place = tmp_path_factory.mktemp("kernels") / "out"
+    write(place)
+    return place
+
+
+class NormThenSiLU(nn.GroupNorm):
+    def forward(self, x):
+        return nn.functional.silu(super().forward(x))
+
+
+# Classes of their own: the mark is left on a class for good.
+Norm = use_kernel_forward_from_hub("GroupNormSiLU")(type("Norm", (NormThenSiLU,), {}))
+
+
+class MarkedGEGLU(GEGLU):
+    pass
+
+
+class MarkedResnet(ResnetBlock2D):
+    pass
+
+
+use_kernel_forward_from_hub("GEGLU")(MarkedGEGLU)
+use_kernel_forward_from_hub("ResnetBlock2D")(MarkedResnet)
+
+CASES = {
+    "GEGLU": (lambda: MarkedGEGLU(12, 20), [(3, 5, 12)]),
+    "ResnetBlock2D": (
+        lambda: MarkedResnet(in_channels=8, out_channels=16, temb_channels=6, groups=4),
+        [(2, 8, 6, 5), (2, 6)],
+    ),
+    "GroupNormSiLU": (lambda: Norm(4, 8), [(2, 8, 6, 5)]),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_layer_of_the_folder_computes_what_it_stands_for(folder, name):
+    torch.manual_seed(0)
+    make, shapes = CASES[name]
+    plain = make().double()
+    with torch.no_grad():
+        for parameter in plain.parameters():
+            parameter.copy_(torch.randn_like(parameter) / 3)
+    repository = LocalLayerRepository(folder, layer_name=name)
+    fused = copy.deepcopy(plain)
+    with use_kernel_mapping({name: {"cpu": repository}}):
+        fused = kernelize(fused, mode=Mode.TRAINING, device="cpu", use_fallback=False)
+    assert fused.forward.__func__ is not type(fused).forward
+    inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    wanted = [tensor.detach().clone().requires_grad_() for tensor in inputs]
+    got, want = fused(*inputs), plain(*wanted)
+    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
+    grad = torch.randn_like(want)
+    got.backward(grad)
+    want.backward(grad)
+    pairs = zip([*inputs, *fused.parameters()], [*wanted, *plain.parameters()], strict=True)
+    for ours, theirs in pairs:
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-9, atol=1e-9)
+
+
+def test_its_operators_are_its_own(folder):
+    module = LocalLayerRepository(folder, layer_name="GEGLU").load().forward.__globals__["geglu"]
+    name = json.loads((folder / "build" / "torch-cpu" / "metadata.json").read_text())["id"]
+    assert module.__module__.startswith(f"{name}.functional")
+    assert module is not tiue_kernels.functional.geglu
+    mark = name.removeprefix("tiue_kernels_")
+    assert hasattr(torch.ops, f"tiue_{mark}")
+    assert getattr(torch.ops, f"tiue_{mark}").geglu_fwd is not torch.ops.tiue.geglu_fwd
+    texts = [path.read_text("utf-8") for path in (folder / "build" / "torch-cuda").rglob("*.py")]
+    assert not [text for text in texts if re.search(r"\btiue_kernels\b|\btiue::", text)]
+
+
+def test_the_same_package_is_written_the_same(folder, tmp_path):
+    name = write(tmp_path / "again")
+    assert (folder / "build" / "torch-cpu" / "metadata.json").read_text().count(name) == 1
