@@ -251,6 +251,18 @@ class OnePassSchedule:
             latents, noise_pred, self.latent_coefficient, self.noise_coefficients
         )
 
+    def add(self, latents: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """S z + noise, for a sum over k that is taken already.
+
+        Args:
+            latents: [B, C, H, W], z, not scaled.
+            noise: [B, C, H, W], sum_k E_k eps_k.
+
+        Returns:
+            [B, C, H, W] in the dtype of latents.
+        """
+        return (self.latent_coefficient * latents + noise).to(latents.dtype)
+
     def skip_below(self, bound: float) -> "OnePassSchedule":
         """Drop the decoder rows whose |E_k| is under a bound: lossy, cheaper.
 

@@ -18,6 +18,7 @@ from tiue.encoder import encode_down_block, encode_mid_block
 from tiue.errors import InputError
 from tiue.features import EncoderFeatures, as_timesteps, mask_to_bias
 from tiue.loading.unet import LoadableUNet
+from tiue.model import OnePassModel
 from tiue.schedule import OnePassSchedule
 from tiue.stages import untimed
 from tiue.unet_blocks import SharedContext
@@ -27,7 +28,7 @@ from tiue_kernels.nn.layers import is_plain, repeat_rows
 from tiue_kernels.nn.low_rank import weights_of
 
 
-class TiUEUNet(LoadableUNet):
+class TiUEUNet(OnePassModel, LoadableUNet):
     """A `UNet2DConditionModel` that runs its encoder once and its decoder for K timesteps.
 
     Same configuration and state dict as its parent, and the same `forward` where no `schedule` is
@@ -197,8 +198,7 @@ class TiUEUNet(LoadableUNet):
         Returns:
             [B, C, H, W].
         """
-        noise = self.combined_noise(features, schedule)
-        return (schedule.latent_coefficient * latents + noise).to(latents.dtype)
+        return schedule.add(latents, self.combined_noise(features, schedule))
 
     def combined_noise(self, features: EncoderFeatures, schedule: OnePassSchedule) -> torch.Tensor:
         """sum_k E_k eps_k: what the K timesteps add to S z, summed before the last convolution.
@@ -233,68 +233,16 @@ class TiUEUNet(LoadableUNet):
         kwargs = features.cross_attention_kwargs
         return self._decode(features, timesteps, last, cross_attention_kwargs=kwargs)
 
-    def predict_noise(
+    def _noise(
         self,
-        latents: torch.Tensor,
-        timesteps: torch.Tensor | Sequence[float],
-        prompt_embeds: torch.Tensor,
-        **conditioning: Any,
-    ) -> torch.Tensor:
-        """The K model outputs of the one pass: encoder at the first timestep, decoder at all.
-
-        Args:
-            latents: [B, C, H, W], scaled as the scheduler wants the model's input
-                (`OnePassSchedule.scale_model_input`).
-            timesteps: [K].
-            prompt_embeds: [B, L, D].
-            **conditioning: as `encode`: `added_cond_kwargs`, `class_labels`, `timestep_cond`,
-                `attention_mask`, `encoder_attention_mask`, `cross_attention_kwargs`, and the
-                ControlNet and T2I-Adapter residuals.
-
-        Returns:
-            [K, B, C, H, W], differentiable.
-
-        Raises:
-            InputError: channels or rows that do not fit, or no timestep.
-        """
-        timesteps = as_timesteps(timesteps, latents.device)
-        features = self.encode(latents, timesteps[0], prompt_embeds, **conditioning)
-        return self.decode(features, timesteps)
-
-    def one_pass(
-        self,
-        latents: torch.Tensor,
+        sample: torch.Tensor,
         schedule: OnePassSchedule,
         prompt_embeds: torch.Tensor,
         **conditioning: Any,
     ) -> torch.Tensor:
-        """The whole pass at inference, by one call of the UNet, hooks and all.
-
-        Args:
-            latents: [B, C, H, W], noise of standard deviation `schedule.init_noise_sigma`.
-            schedule: timesteps, S and E.
-            prompt_embeds: [B, L, D].
-            **conditioning: as `predict_noise`.
-
-        Returns:
-            [B, C, H, W], the denoised latents.
-
-        Raises:
-            InputError: channels or rows that do not fit.
-        """
-        if not torch.compiler.is_compiling():
-            schedule = schedule.on(latents.device)
-        # Not a decorator: torch.compile would take its arguments for fixed in shape.
-        with torch.no_grad():
-            (noise,) = self(
-                schedule.scale_model_input(latents),
-                schedule.encoder_timestep,
-                prompt_embeds,
-                schedule=schedule,
-                return_dict=False,
-                **conditioning,
-            )
-            return (schedule.latent_coefficient * latents + noise).to(latents.dtype)
+        """By one call of the UNet, hooks and all."""
+        timestep, options = schedule.encoder_timestep, {"schedule": schedule, "return_dict": False}
+        return self(sample, timestep, prompt_embeds, **options, **conditioning)[0]
 
     def compile_one_pass(
         self, backend: str | None = None, **options: Any

@@ -17,6 +17,7 @@ from tiue.errors import ArchitectureError, CheckpointError, InputError
 from tiue.features import as_timesteps
 from tiue.loading.checks import hub_arguments
 from tiue.loading.weights import load_whole
+from tiue.model import OnePassModel
 from tiue.schedule import OnePassSchedule
 
 T = TypeVar("T", bound="OnePassTransformer")
@@ -44,7 +45,7 @@ class TransformerFeatures:
     conditioning: dict[str, Any] = field(default_factory=dict)
 
 
-class OnePassTransformer:
+class OnePassTransformer(OnePassModel):
     """A diffusers transformer whose first blocks run once and whose last run for K timesteps.
 
     Same configuration and state dict as its diffusers parent, and the same `forward` where no
@@ -252,63 +253,19 @@ class OnePassTransformer:
         out = self.decode_summed(features, schedule).to(sample.dtype)
         return Transformer2DModelOutput(sample=out) if return_dict else (out,)
 
-    def predict_noise(
+    def _noise(
         self,
-        latents: torch.Tensor,
-        timesteps: torch.Tensor | Sequence[float],
-        prompt_embeds: torch.Tensor,
-        **conditioning: Any,
-    ) -> torch.Tensor:
-        """The K model outputs of the one pass: shared blocks at the first timestep, others at all.
-
-        Args:
-            latents: [B, C, H, W], scaled as the scheduler wants the model's input.
-            timesteps: [K].
-            prompt_embeds: [B, L, D].
-            **conditioning: as `encode`.
-
-        Returns:
-            [K, B, C, H, W], differentiable; a predicted variance is left out.
-
-        Raises:
-            InputError: channels or rows that do not fit, or no timestep.
-        """
-        timesteps = as_timesteps(timesteps, latents.device)
-        features = self.encode(latents, timesteps[0], prompt_embeds, **conditioning)
-        return self.decode(features, timesteps)[:, :, : latents.shape[1]]
-
-    def one_pass(
-        self,
-        latents: torch.Tensor,
+        sample: torch.Tensor,
         schedule: OnePassSchedule,
         prompt_embeds: torch.Tensor,
         **conditioning: Any,
     ) -> torch.Tensor:
-        """The whole pass at inference: encode, decode, combine before the last projection.
+        features = self.encode(sample, schedule.encoder_timestep, prompt_embeds, **conditioning)
+        return self.decode_summed(features, schedule)[:, : sample.shape[1]]
 
-        Args:
-            latents: [B, C, H, W], noise of standard deviation `schedule.init_noise_sigma`.
-            schedule: timesteps, S and E.
-            prompt_embeds: [B, L, D].
-            **conditioning: as `predict_noise`.
-
-        Returns:
-            [B, C, H, W], the denoised latents.
-
-        Raises:
-            InputError: channels or rows that do not fit.
-        """
-        if not torch.compiler.is_compiling():
-            schedule = schedule.on(latents.device)
-        with torch.no_grad():
-            features = self.encode(
-                schedule.scale_model_input(latents),
-                schedule.encoder_timestep,
-                prompt_embeds,
-                **conditioning,
-            )
-            noise = self.decode_summed(features, schedule)[:, : latents.shape[1]]
-            return (schedule.latent_coefficient * latents + noise).to(latents.dtype)
+    def predict_noise(self, latents: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """As `OnePassModel.predict_noise`, without a predicted variance."""
+        return super().predict_noise(latents, *args, **kwargs)[:, :, : latents.shape[1]]
 
     def _check_inputs(self, sample: torch.Tensor, prompt_embeds: torch.Tensor) -> tuple[int, int]:
         """The grid of tokens that a sample is cut into."""

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import copy
-import functools
 import inspect
-import json
 import sys
-import types
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
-from tqdm.auto import tqdm
 
 from tiue.errors import ArchitectureError, InputError
 from tiue.pipelines import inputs
 from tiue.pipelines.adapters import SafeAdapters
+from tiue.pipelines.driven import Driven, driven
 from tiue.pipelines.parts import (
     CompiledParts,
     Part,
@@ -26,15 +23,11 @@ from tiue.pipelines.parts import (
     VAEPart,
     alone,
     is_compiled,
-    tokenizer_parts,
 )
 from tiue.pipelines.scheduler import OnePassScheduler, with_one_pass
 from tiue.schedule import OnePassSchedule, settings_of
 from tiue.stages import Stages, untimed
 from tiue.unet import TiUEUNet
-
-# To a type checker a pipeline; in truth what is driven comes after it in the order of classes.
-_Pipeline: Any = DiffusionPipeline if TYPE_CHECKING else object
 
 # Schedules kept a pipeline; probing a scheduler takes 32 of its steps at K = 4.
 _MAX_SCHEDULES = 16
@@ -75,10 +68,7 @@ def one_pass(pipe: DiffusionPipeline, num_decoder_steps: int = 4) -> Any:
             f"{type(pipe).__name__} has {has}: the one pass is for pipelines with a unet, a"
             " scheduler and a vae (Stable Diffusion 1.x, 2.x and XL)"
         )
-    cls: Any = type(pipe)
-    cls = _one_pass_class(cls)
-    made = cls.__new__(cls)
-    vars(made).update(vars(pipe))
+    made = driven(OnePass, pipe)
     made.unet = TiUEUNet.from_unet(pipe.unet)
     made.scheduler = with_one_pass(pipe.scheduler)
     OnePassSchedule.from_scheduler(made.scheduler, num_decoder_steps)
@@ -86,31 +76,16 @@ def one_pass(pipe: DiffusionPipeline, num_decoder_steps: int = 4) -> Any:
     return made
 
 
-class OnePass(SafeAdapters, _Pipeline):
-    """What turns a diffusers pipeline, which it is inherited beside, into one of one pass.
+class OnePass(SafeAdapters, Driven):
+    """What turns a diffusers pipeline with a UNet, which it is inherited beside, into one pass."""
 
-    A call runs on a shallow copy of the pipeline that alone knows the call's schedule: nothing that
-    belongs to one call is kept on the pipeline or on its models.
-
-    Attributes:
-        num_decoder_steps: K where a call does not say.
-    """
-
-    num_decoder_steps: int = 4
     unet: Any
     vae: Any
-    scheduler: Any
     vae_scale_factor: int
     _timings: dict[str, float] | None = None
     _compiled: CompiledParts | None = None
-    # Of a copy that a call runs on: what it is a copy of, and the call's stages.
-    _original: Any = None
+    # Of a copy that a call runs on.
     _stages: Stages | None = None
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        if issubclass(cls, DiffusionPipeline):
-            cls.__call__ = _call_of(cls)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "unet" and type(value) is UNet2DConditionModel:
@@ -124,10 +99,8 @@ class OnePass(SafeAdapters, _Pipeline):
         To diffusers' own `from_pipe`, which takes exact classes, the student is a plain UNet that
         shares every parameter with it.
         """
-        if self._original is not None:
-            return self._original.components
         parts = super().components
-        if _asked_by_from_pipe() and isinstance(parts["unet"], TiUEUNet):
+        if self._original is None and _asked_by_from_pipe() and isinstance(self.unet, TiUEUNet):
             parts["unet"] = parts["unet"].to_unet()
         return parts
 
@@ -135,25 +108,8 @@ class OnePass(SafeAdapters, _Pipeline):
         """What copies and pickles hold: all but what was compiled, which is of this process."""
         return {name: x for name, x in self.__dict__.items() if name not in _OF_THIS_PROCESS}
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """Made again of the class that `one_pass` was given, since its own has no place."""
-        cls = type(self)
-        made_here = cls.__module__ == __name__
-        return _unmade, (cls.__bases__[1] if made_here else cls,), self.__getstate__()
-
-    def to_json_string(self) -> str:
-        """The model_index.json of a saved folder, one that plain diffusers loads too.
-
-        It names the diffusers classes that the weights belong to, and no folder of this machine.
-        """
-        index = json.loads(super().to_json_string())
-        theirs = next(c for c in type(self).__mro__ if c.__module__.startswith("diffusers."))
-        index |= {
-            "_class_name": theirs.__name__,
-            "unet": ["diffusers", UNet2DConditionModel.__name__],
-        }
-        index.pop("_name_or_path", None)
-        return json.dumps(index, indent=2, sort_keys=True) + "\n"
+    def _students(self) -> dict[str, type[Any]]:
+        return {"unet": UNet2DConditionModel}
 
     def compile(self, backend: str | None = None, **options: Any) -> Any:
         """Run UNet and VAE as compiled calls from now on, with the same pictures.
@@ -216,19 +172,16 @@ class OnePass(SafeAdapters, _Pipeline):
         )
         to_pixels = arguments.get("output_type") != "latent"
         checked = self.unet if arguments.get("output_type") in ("pil", "np") else None
-        run = copy.copy(self)
         bar = super().progress_bar(total=len(names) + to_pixels)
         with alone(self.unet, getattr(self, "text_encoder", None)), bar as progress:
             stages = Stages(self._timings, self._execution_device, progress)
-            run.__dict__.update(
-                _original=self,
+            return self._call_on_copy(
+                arguments,
                 _stages=stages,
                 scheduler=OnePassScheduler(self.scheduler, schedule, steps, strength),
                 unet=UNetPart(self.unet, schedule, stages, self._compiled),
                 vae=VAEPart(self.vae, stages, self._compiled, checked),
-                **tokenizer_parts(self),
             )
-            return super(OnePass, run).__call__(**arguments)
 
     def _schedule(self, num_decoder_steps: int, strength: float) -> OnePassSchedule:
         """S and E of the present scheduler, kept."""
@@ -307,48 +260,6 @@ class OnePass(SafeAdapters, _Pipeline):
         if isinstance(found, torch.Tensor):
             return found.to(self.unet.dtype)
         return tuple(part if part is None else part.to(self.unet.dtype) for part in found)
-
-    def progress_bar(self, iterable: Any = None, total: int | None = None) -> Any:
-        """The parent's; silent inside a call, which has a bar of its stages."""
-        if self._original is None:
-            return super().progress_bar(iterable, total)
-        return tqdm(iterable, total=total, disable=True)
-
-    def maybe_free_model_hooks(self) -> None:
-        """The parent's, of the pipeline itself."""
-        if self._original is not None:
-            self._original.maybe_free_model_hooks()
-        else:
-            super().maybe_free_model_hooks()
-
-
-@functools.cache
-def _one_pass_class(cls: Any) -> Any:
-    if issubclass(cls, OnePass):
-        return cls
-    own = {"__module__": __name__, "__doc__": cls.__doc__}
-    return types.new_class(cls.__name__, (OnePass, cls), exec_body=lambda body: body.update(own))
-
-
-def _unmade(cls: Any) -> Any:
-    cls = _one_pass_class(cls)
-    return cls.__new__(cls)
-
-
-def _call_of(cls: Any) -> Any:
-    """The call of a class, with the arguments that diffusers' own has and one pass answers to."""
-    theirs = super(OnePass, cls).__call__
-
-    def call(
-        self: Any,
-        *args: Any,
-        num_decoder_steps: int | None = None,
-        skip_below: float | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        return self._draw(args, kwargs, num_decoder_steps, skip_below)
-
-    return inputs.documented(call, theirs)
 
 
 def _asked_by_from_pipe() -> bool:

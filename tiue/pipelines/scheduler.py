@@ -87,8 +87,7 @@ class OnePassScheduler(SchedulerMixin, ConfigMixin):
         Returns:
             [B, C, H, W].
         """
-        result = self.schedule.latent_coefficient * sample + model_output
-        result = result.to(sample.dtype)
+        result = self.schedule.add(sample, model_output)
         return SchedulerOutput(prev_sample=result) if return_dict else (result,)
 
     def add_noise(

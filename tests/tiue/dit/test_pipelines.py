@@ -1,5 +1,8 @@
 """diffusers' own pipelines of the three families draw in one pass, by the one line."""
 
+import copy
+import pickle
+
 import diffusers
 import pytest
 import torch
@@ -138,3 +141,13 @@ def test_steps_are_answered_and_other_families_named():
     pipe.transformer = torch.nn.Identity()
     with pytest.raises(ArchitectureError, match="HunyuanDiT2DModel, PixArtTransformer2DModel"):
         tiue.one_pass(pipe)
+
+
+def test_copies_and_pickles_draw_the_same():
+    pipe, call = pipeline("pixart")
+    student = tiue.one_pass(pipe, num_decoder_steps=2)
+    student.set_progress_bar_config(disable=True)
+    expected = student(**call).images
+    for other in (copy.copy(student), pickle.loads(pickle.dumps(student))):
+        assert type(other) is type(student)
+        assert torch.equal(other(**call).images, expected)
