@@ -209,7 +209,7 @@ def begun_at(scheduler: Any, strength: float) -> Any:
     """A scheduler that knows the lowest noise levels alone, made anew."""
     kept = round(scheduler.config.num_train_timesteps * strength)
     return type(scheduler).from_config(
-        scheduler.config, trained_betas=scheduler.betas[:kept], num_train_timesteps=kept
+        scheduler.config, trained_betas=scheduler.betas[:kept].numpy(), num_train_timesteps=kept
     )
 
 
