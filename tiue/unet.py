@@ -1,5 +1,6 @@
 """TiUEUNet: a Stable Diffusion UNet whose encoder runs once and whose decoder runs K timesteps."""
 
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -26,6 +27,8 @@ from tiue_kernels import functional
 from tiue_kernels.nn import norm_silu_conv
 from tiue_kernels.nn.layers import is_plain, repeat_rows
 from tiue_kernels.nn.low_rank import weights_of
+
+_log = logging.getLogger(__name__)
 
 
 class TiUEUNet(OnePassModel, LoadableUNet):
@@ -243,6 +246,27 @@ class TiUEUNet(OnePassModel, LoadableUNet):
         """By one call of the UNet, hooks and all."""
         timestep, options = schedule.encoder_timestep, {"schedule": schedule, "return_dict": False}
         return self(sample, timestep, prompt_embeds, **options, **conditioning)[0]
+
+    def set_attention_backend(self, backend: str) -> None:
+        """As diffusers', with a word that it changes nothing here.
+
+        The attention processors of a UNet know no backends in diffusers either, and keep torch's.
+
+        Args:
+            backend: one of diffusers' names.
+
+        Raises:
+            ValueError: it is none of them.
+        """
+        super().set_attention_backend(backend)
+        known = any(hasattr(p, "_attention_backend") for p in self.attn_processors.values())
+        if not known:
+            _log.warning(
+                "set_attention_backend(%r) changes nothing: a UNet's attention processors know no"
+                " backends. Choose with tiue_kernels.use_backend(cross_timestep_attention=...), or"
+                " set a processor with set_attn_processor",
+                backend,
+            )
 
     def compile_one_pass(
         self, backend: str | None = None, **options: Any

@@ -351,3 +351,12 @@ def test_weights_are_laid_out_for_a_device_that_wants_it(tmp_path, monkeypatch) 
     student.save_pretrained(tmp_path)
     loaded = TiUEUNet.from_pretrained(tmp_path)
     assert torch.equal(loaded.conv_in.weight, student.conv_in.weight)
+
+
+def test_an_attention_backend_changes_nothing_and_says_so(caplog) -> None:
+    unet = TiUEUNet.from_unet(make_unet(next(iter(CONFIGS))))
+    with caplog.at_level("WARNING", logger="tiue.unet"):
+        unet.set_attention_backend("native")
+    assert "changes nothing" in caplog.text
+    with pytest.raises(ValueError, match="must be one of"):
+        unet.set_attention_backend("none")
