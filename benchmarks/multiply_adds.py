@@ -146,6 +146,8 @@ FREE = {
     tiue.shared_skip_group_norm_silu_fwd,
     tiue.broadcast_add_group_norm_silu_fwd,
     tiue.timestep_sum_group_norm_silu_fwd,
+    tiue.group_norm_tokens_fwd,
+    tiue.adaptive_layer_norm_fwd,
     tiue.geglu_fwd,
     tiue.one_pass_combine_fwd,
     tiue.noise_kl_fwd,

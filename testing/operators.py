@@ -314,6 +314,21 @@ def adaptive_layer_norm(sizes: Transformer, draw: Draw) -> Problem:
     return Problem(tensors, run, eager)
 
 
+def group_norm_tokens(sizes: Transformer, draw: Draw) -> Problem:
+    channels, groups = sizes.channels, sizes.groups
+
+    def run(x, weight, bias) -> Tensors:
+        return (functional.group_norm_tokens(x, groups, weight, bias),)
+
+    def eager(x, weight, bias) -> Tensors:
+        x = F.group_norm(x, groups, weight, bias, 1e-6)
+        return (x.flatten(2).transpose(1, 2).contiguous(),)
+
+    norm = dict(zip(("weight", "bias"), draw.norm(channels).values(), strict=True))
+    tensors = {"x": draw(draw.rows, channels, sizes.height, sizes.width), **norm}
+    return Problem(tensors, run, eager)
+
+
 def group_norm_linear(sizes: Transformer, draw: Draw) -> Problem:
     channels, groups = sizes.channels, sizes.groups
 
@@ -410,6 +425,7 @@ OPERATORS: dict[str, Operator] = {
         (timestep_sum_group_norm_silu, _of(Output)),
         (cross_timestep_attention, _of(Attention)),
         (adaptive_layer_norm, _of(Transformer, _tokens)),
+        (group_norm_tokens, _of(Transformer, _tokens)),
         (geglu, _of(Transformer, _tokens)),
         (one_pass_combine, _of(Latents)),
         (noise_kl, _of(Latents)),

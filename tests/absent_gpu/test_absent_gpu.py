@@ -33,8 +33,10 @@ def test_whole_passes_keep_cudas_rules(tmp_path: Path) -> None:
     assert len(passes) == 8
     for name, entry in passes.items():  # and each met what it is there for
         rules = {rule.split(".")[1] for rule in entry["checked"]}
-        assert {"native_group_norm", "native_layer_norm", "convolution"} <= rules, name
-        assert ("native_group_norm_backward" in rules) == ("train" in name), name
+        assert {"native_layer_norm", "convolution"} <= rules, name
+        if not name.endswith("triton"):  # whose own kernels normalise every map
+            assert "native_group_norm" in rules, name
+            assert ("native_group_norm_backward" in rules) == ("train" in name), name
         assert (entry["launches"] > 20) == ("triton" in name), name
         assert any(operator.endswith("_bwd") for operator in entry["operators"]) == (
             "train" in name

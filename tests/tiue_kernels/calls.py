@@ -221,7 +221,13 @@ CALLS: dict[str, Call] = {
         {"x": _rows["hidden"], **_norm, "weight": noise(6, 16), "bias": noise(6)},
         lambda x, nw, nb, w, b: (functional.group_norm_linear(x, 4, nw, nb, w, b),),
         _pixels,
-        (),
+        ("group_norm_tokens",),
+    ),
+    "group_norm_tokens": Call(
+        {"x": _rows["hidden"], **_norm},
+        lambda x, w, b: (functional.group_norm_tokens(x, 4, w, b),),
+        lambda x, w, b: (F.group_norm(x, 4, w, b, 1e-6).flatten(2).transpose(1, 2),),
+        ("group_norm_tokens",),
     ),
     "upsample_conv2d": Call(
         {"x": noise(2, 4, 12, 12), "weight": noise(5, 4, 3, 3), "bias": noise(5)},

@@ -31,6 +31,7 @@ from tiue_kernels.functional.transformers import (
     geglu,
     geglu_feed_forward,
     group_norm_linear,
+    group_norm_tokens,
     layer_norm_linear,
 )
 
@@ -44,6 +45,7 @@ __all__ = [
     "geglu_feed_forward",
     "group_norm_linear",
     "group_norm_silu_conv2d",
+    "group_norm_tokens",
     "layer_norm_linear",
     "noise_kl",
     "one_pass_combine",

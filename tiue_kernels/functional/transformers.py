@@ -106,6 +106,35 @@ def group_norm_linear(
     ]
 
 
+def group_norm_tokens(
+    x: torch.Tensor,
+    num_groups: int,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float = 1e-6,
+) -> torch.Tensor:
+    """group_norm(x) as tokens, a pixel each: how a map becomes what a transformer reads.
+
+    Args:
+        x: [rows, C, H, W].
+        num_groups: groups of the norm.
+        weight: [C] scale of the norm.
+        bias: [C] shift of the norm.
+        eps: added to the variance.
+
+    Returns:
+        [rows, H*W, C].
+
+    Raises:
+        ValueError: the shapes do not fit together.
+    """
+    checks = Checks("group_norm_tokens")
+    checks.maps(x=x)
+    checks.norm(x.shape[1], num_groups, weight, bias)
+    checks.tensors(x=x, weight=weight, bias=bias)
+    return ops.group_norm_tokens.forward(x, num_groups, weight, bias, eps)[0]
+
+
 def layer_norm_linear(
     x: torch.Tensor,
     norm_weight: torch.Tensor,

@@ -88,7 +88,6 @@ def tuned_plan(
     return Plan(groups, *blocks, block_p, -(-pixels // block_p), chosen["num_warps"])
 
 
-@functools.lru_cache(maxsize=1024)  # 24 us a call, of the 160 to 400 of an operator's launch
 def plan(
     rows: int,
     num_groups: int,
@@ -103,7 +102,22 @@ def plan(
     `held` is 2 for kernels that hold a second tile over a loop, or a gradient beside x: 16 elements
     a thread, where 32 spill up to 1.2 KB on sm_90.
     """
-    whole_tile, split_tile = WHOLE_TILE // held, SPLIT_TILE // held
+    sizes = (rows, num_groups, group_size, pixels, channels_last, held, multiprocessors)
+    return _plan(*sizes, WHOLE_TILE // held, SPLIT_TILE // held)
+
+
+@functools.lru_cache(maxsize=1024)  # 24 us a call, of the 160 to 400 of an operator's launch
+def _plan(
+    rows: int,
+    num_groups: int,
+    group_size: int,
+    pixels: int,
+    channels_last: bool,
+    held: int,
+    multiprocessors: int,
+    whole_tile: int,
+    split_tile: int,
+) -> Plan:
     options = []
     for groups in range(1, num_groups + 1):
         block_g, block_c = power_of_two(groups), power_of_two(groups * group_size)

@@ -10,7 +10,13 @@ from functools import partial
 
 import torch
 
-from tiue_kernels.triton import adaptive_layer_norm, geglu, noise_kl, one_pass_combine
+from tiue_kernels.triton import (
+    adaptive_layer_norm,
+    geglu,
+    group_norm_tokens,
+    noise_kl,
+    one_pass_combine,
+)
 from tiue_kernels.triton import (
     broadcast_add_group_norm_silu as broadcast_add,
 )
@@ -50,6 +56,12 @@ def _timestep_sum(maps: Maps, channels: int, size: int) -> None:
     timestep_sum.timestep_sum_group_norm_silu_bwd(out, h, coefficients, *norm, stats)
 
 
+def _tokens(maps: Maps, channels: int, size: int) -> None:
+    x, norm = maps(K * B, channels, size, size), (GROUPS, maps(channels), maps(channels))
+    out, stats = group_norm_tokens.group_norm_tokens_fwd(x, *norm, 1e-6)
+    group_norm_tokens.group_norm_tokens_bwd(out, x, *norm, stats)
+
+
 def _pointwise(maps: Maps) -> None:
     x, latents, noise, coefficients = (
         maps(4096, 2560),
@@ -79,6 +91,8 @@ CALLS: dict[str, Callable[[Maps], None]] = {
     "up2-scale-shift": lambda maps: _broadcast_add(maps, 640, 32, True),
     "out": lambda maps: _timestep_sum(maps, 320, 64),
     "out-small": lambda maps: _timestep_sum(maps, 320, 16),
+    "up1-tokens": lambda maps: _tokens(maps, 1280, 16),
+    "up3-tokens": lambda maps: _tokens(maps, 320, 64),
     "pointwise": _pointwise,
 }
 FORMS = {

@@ -191,6 +191,26 @@ def gated(*shape: int) -> Case:
     return Case("geglu", (2 * noise(*shape),), (), textbook, launch)
 
 
+def as_tokens(
+    rows: int, channels: int, groups: int, size: tuple[int, int], mean: float = 0.0
+) -> Case:
+    def textbook(x, weight, bias) -> Tensors:
+        return (F.group_norm(x, groups, weight, bias, EPS).flatten(2).transpose(1, 2),)
+
+    def launch(module: ModuleType, x, weight, bias):
+        out, stats = module.group_norm_tokens_fwd(x, groups, weight, bias, EPS)
+        assert stats.shape == (2, rows, groups)
+        return (out,), lambda grad: module.group_norm_tokens_bwd(
+            grad, x, groups, weight, bias, stats
+        )
+
+    maps, norm = (
+        (noise(rows, channels, *size, mean=mean),),
+        (noise(channels), noise(channels, seed=1)),
+    )
+    return Case("group_norm_tokens", maps, norm, textbook, launch, mean)
+
+
 def modulated(timesteps: int, batch: int, tokens: int, channels: int, mean: float = 0.0) -> Case:
     def textbook(x, scale, shift) -> Tensors:
         x = F.layer_norm(x, x.shape[-1:], eps=EPS).repeat(timesteps, 1, 1)
@@ -235,6 +255,11 @@ CASES: dict[str, Case] = {
     "kl": kl(4, 2, 4, 5, 3),
     "kl-one-axis": kl(3, 1, 2, mean=100.0),
     "kl-empty": kl(3, 0, 4, 2, 2),
+    "tokens": as_tokens(3, 12, 3, (4, 5)),
+    "tokens-split": as_tokens(2, 8, 2, (10, 9)),
+    "tokens-one-pixel": as_tokens(2, 14, 7, (1, 1)),
+    "tokens-mean-100": as_tokens(2, 12, 2, (3, 5), mean=100.0),
+    "tokens-empty": as_tokens(0, 12, 3, (4, 5)),
     "modulated": modulated(3, 2, 5, 12),
     "modulated-own-rows": modulated(1, 4, 3, 16),
     "modulated-one-token": modulated(4, 1, 1, 7),

@@ -18,7 +18,14 @@ import torch
 import triton.language as tl
 from tilelens.core.trace import TritonTrace
 
-from tiue_kernels.triton import adaptive_layer_norm, geglu, group_norm, noise_kl, one_pass_combine
+from tiue_kernels.triton import (
+    adaptive_layer_norm,
+    geglu,
+    group_norm,
+    group_norm_tokens,
+    noise_kl,
+    one_pass_combine,
+)
 from tiue_kernels.triton import broadcast_add_group_norm_silu as broadcast_add
 from tiue_kernels.triton import cross_timestep_attention as attention
 from tiue_kernels.triton import shared_skip_group_norm_silu as shared_skip
@@ -67,6 +74,16 @@ def timestep_sum_norm(backward: bool, channels_last: bool) -> None:
         return
     stats = torch.ones(2, K * B, GROUPS)
     timestep_sum.timestep_sum_group_norm_silu_bwd(maps(B, 12, channels_last), *call, stats)
+
+
+def tokens_norm(backward: bool, channels_last: bool) -> None:
+    x = maps(B, 12, channels_last)
+    norm = (GROUPS, torch.ones(12), torch.ones(12))
+    if not backward:
+        group_norm_tokens.group_norm_tokens_fwd(x, *norm, 1e-5)
+        return
+    grad, stats = torch.ones(B, x[0, 0].numel(), 12), torch.ones(2, B, GROUPS)
+    group_norm_tokens.group_norm_tokens_bwd(grad, x, *norm, stats)
 
 
 def cross_attention(backward: bool, keys: int) -> None:
@@ -122,7 +139,7 @@ def cases() -> dict[str, Callable[[], None]]:
             found[f"cross_timestep_attention-{direction}-{label}"] = lambda b=backward, n=keys: (
                 cross_attention(b, n)
             )
-        for norm in (shared_skip_norm, broadcast_add_norm, timestep_sum_norm):
+        for norm in (shared_skip_norm, broadcast_add_norm, timestep_sum_norm, tokens_norm):
             for layout, last in (("nchw", False), ("nhwc", True)):
                 name = f"{norm.__name__}-{direction}-{layout}"
                 call = lambda n=norm, b=backward, c=last: n(b, c)  # noqa: E731

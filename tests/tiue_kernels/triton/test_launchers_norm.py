@@ -158,3 +158,12 @@ def test_tiles_cover_every_shape_and_fit_the_registers(size, held, channels_last
         if tiles.splits > 1 and channels // groups <= 80:  # 64 bytes of a half type in one piece
             run = tiles.groups * channels // groups if channels_last else tiles.block_p
             assert run >= min(30, channels)
+
+
+def test_plans_are_kept_by_what_they_depend_on(monkeypatch):
+    group_norm = importlib.import_module("tiue_kernels.triton.group_norm")
+    sizes = (2, 4, 8, 64, False)
+    assert group_norm.plan(*sizes).whole
+    monkeypatch.setattr(group_norm, "WHOLE_TILE", 0)
+    monkeypatch.setattr(group_norm, "SPLIT_TILE", 64)
+    assert group_norm.plan(*sizes).splits > 1
