@@ -195,12 +195,27 @@ def _modulated(tensor: Any, size: Any) -> Call:
     )
 
 
+def _as_tokens(tensor: Any, size: Any) -> Call:
+    groups = size(4)
+    channels = groups * size(5)
+    return Call(
+        "group_norm_tokens",
+        {
+            "x": tensor(size(3), channels, size(6), size(6)),
+            "weight": tensor(channels, plain=True),
+            "bias": tensor(channels, plain=True),
+        },
+        lambda x, weight, bias: functional.group_norm_tokens(x, groups, weight, bias),
+    )
+
+
 MAKERS: dict[str, Callable[..., Call]] = {
     "shared_skip_group_norm_silu": _shared_skip,
     "broadcast_add_group_norm_silu": _broadcast_add,
     "timestep_sum_group_norm_silu": _timestep_sum,
     "cross_timestep_attention": _attention,
     "adaptive_layer_norm": _modulated,
+    "group_norm_tokens": _as_tokens,
     "geglu": _geglu,
     "one_pass_combine": _combine,
     "noise_kl": _kl,
