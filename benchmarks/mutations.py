@@ -42,6 +42,7 @@ TEACHER = _tests("tiue/distill/test_teacher.py")
 STEP = _tests("tiue/distill/test_step.py", "by_hand")
 GUARD = _tests("tiue/distill/test_interruptions.py", "guard or float16 or diverges")
 RESUME = _tests("tiue/distill/test_trainer.py", "resumed_run_equals")
+GAN = _tests("tiue/distill/test_gan.py", "classifier or by_hand or resumes or scales")
 
 
 def _unet(words: str) -> tuple[str, ...]:
@@ -332,6 +333,32 @@ MUTATIONS = (
     ),
     Mutation(
         "tiue/distill/step.py", "fixed = images.detach()", "fixed = images.detach() * 2", STEP
+    ),
+    Mutation("tiue/distill/losses.py", "F.softplus(-real", "F.softplus(real", GAN),
+    Mutation("tiue/distill/adversary.py", "(loss * images.numel(), images)", "(loss, images)", GAN),
+    Mutation(
+        "tiue/distill/adversary.py",
+        "for latents in (images, real)]",
+        "for latents in (real, images)]",
+        GAN,
+    ),
+    Mutation(
+        "tiue/distill/step.py",
+        "handed = config.gan_weight * losses",
+        "handed = losses",
+        GAN,
+    ),
+    Mutation(
+        "tiue/distill/checkpoint.py",
+        "_read_critic(lora_unet, folder / _CRITIC_FILE)",
+        "pass",
+        GAN,
+    ),
+    Mutation(
+        "tiue/distill/pictures.py",
+        "(mean - shift) * vae.config.scaling_factor",
+        "mean - shift",
+        GAN,
     ),
     Mutation("tiue/distill/guards.py", ">= self.PATIENCE", "> self.PATIENCE", GUARD),
     Mutation(
