@@ -1,9 +1,11 @@
 """Every backend against the reference, on inputs that nobody thought of."""
 
 import pytest
+import torch
 from hypothesis import given
 
-from tests.fuzz.operators import calls, faults
+from tests.fuzz.operators import Call, calls, faults
+from tiue_kernels import functional, use_backend
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's of infinities, in the interpreter
@@ -16,3 +18,29 @@ def test_triton(call):
 @given(calls("cuda"))
 def test_cuda_on_the_host(call):
     assert faults(call, "cuda") == []
+
+
+def shared_skip(skip: torch.Tensor, answer: float) -> Call:
+    """A norm whose answer is moved on every backend but the reference."""
+    hidden = torch.randn(1, 1, 4, 3, generator=torch.Generator().manual_seed(0))
+    tensors = {"hidden": hidden, "skip": skip}
+
+    def run(hidden: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
+        moved = answer if hidden.dtype == torch.float32 and moves.pop() else 0.0
+        ones = torch.ones(3)
+        with use_backend("reference"):
+            outs = functional.shared_skip_group_norm_silu(hidden, skip, 3, ones, 0 * ones)
+        return outs[1] + moved
+
+    moves = [False, True]  # the other backend is asked first
+    return Call("moved", tensors, run, (torch.cat([hidden, skip], 1), 3, 1e-5))
+
+
+def test_a_constant_may_lose_its_means_last_place_and_noise_may_not():
+    """4.4 / sqrt(1e-5) is 1391: the last place of its mean, 2.4e-7, is seen as 3e-4."""
+    noise = torch.randn(1, 2, 4, 3, generator=torch.Generator().manual_seed(1))
+    constant = torch.full((1, 2, 4, 3), 4.4)
+    assert faults(shared_skip(constant, 3e-4), "reference") == []
+    assert faults(shared_skip(constant, 3e-2), "reference") != []
+    assert faults(shared_skip(noise, 3e-4), "reference") != []
+    assert faults(shared_skip(noise, 0.0), "reference") == []
