@@ -237,6 +237,12 @@ def test_a_tokenizer_with_more_words_than_the_text_encoder(folder):
         TiUEPipeline.from_pretrained(folder)
 
 
+def test_a_tokenizer_without_padding(folder):
+    edit_json(folder / "tokenizer" / "tokenizer_config.json", pad_token=None)
+    with pytest.raises(CheckpointError, match="tokenizer has no padding token"):
+        TiUEPipeline.from_pretrained(folder)
+
+
 @pytest.mark.parametrize("load", [tiue.load_openmoji, load_openmoji_teacher])
 def test_the_embedded_model_loads_without_a_warning(load, recwarn):
     said: list[logging.LogRecord] = []

@@ -29,7 +29,7 @@ from tiue.distill.text import Encoder, TextEncoder, XLTextEncoder
 from tiue.embedded import EMBEDDED, weights_folder
 from tiue.errors import CheckpointError, InputError, TiUEError
 from tiue.files import sha256
-from tiue.loading.checks import looks_local
+from tiue.loading.checks import fit_tokenizer, looks_local
 from tiue.loading.weights import load_models, load_whole
 from tiue.unet import TiUEUNet
 
@@ -118,6 +118,7 @@ def load_text_encoder(source: str, device: torch.device) -> Encoder:
         text_encoder = load_whole(
             CLIPTextModel.from_pretrained, source, "text encoder", subfolder="text_encoder"
         )
+    fit_tokenizer(tokenizer, text_encoder.config, f"The tokenizer of '{source}'")
     return TextEncoder(tokenizer, text_encoder.to(device))
 
 
@@ -139,6 +140,8 @@ def _load_xl_text(
         with _reading(name, source):
             encoder = load_whole(kind.from_pretrained, source, name, subfolder=name)
             parts[name] = encoder.to(device).eval().requires_grad_(False)
+        tokenizer = name.replace("text_encoder", "tokenizer")
+        fit_tokenizer(parts[tokenizer], encoder.config, f"The {tokenizer} of '{source}'")
     return StableDiffusionXLPipeline(
         vae=None, unet=None, scheduler=None, add_watermarker=False,
         force_zeros_for_empty_prompt=index.get("force_zeros_for_empty_prompt", True), **parts,

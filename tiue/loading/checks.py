@@ -1,5 +1,6 @@
 """What may be loaded: diffusers' layout, safetensors only, the right architecture."""
 
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from huggingface_hub.utils import validate_repo_id
 
 from tiue.errors import ArchitectureError, CheckpointError
 from tiue_kernels.nn.layers import runs_own_forward
+
+_log = logging.getLogger(__name__)
 
 PICKLES = {".bin", ".ckpt", ".pt", ".pth"}
 _HUB_ARGUMENTS = {
@@ -58,6 +61,37 @@ def pickle_message(path: str | os.PathLike[str]) -> str:
         "from_pretrained(folder, use_safetensors=False).save_pretrained(new_folder), or"
         " from_single_file(file) for a single .ckpt"
     )
+
+
+def fit_tokenizer(tokenizer: Any, text_config: Any, name: str) -> None:
+    """Bring a tokenizer to the length of its text encoder; refuse one that does not fit.
+
+    Args:
+        tokenizer: The tokenizer.
+        text_config: Its text encoder's configuration.
+        name: What messages call it.
+
+    Raises:
+        CheckpointError: If it has words that the text encoder has not, or no padding.
+    """
+    if len(tokenizer) > text_config.vocab_size:
+        raise CheckpointError(
+            f"{name} knows {len(tokenizer)} tokens, its text encoder"
+            f" {text_config.vocab_size}: take both from one model, or fetch it again"
+        )
+    if tokenizer.pad_token is None:
+        raise CheckpointError(
+            f"{name} has no padding token (pad_token in its tokenizer_config.json), which every"
+            " Stable Diffusion tokenizer has: fetch it again"
+        )
+    most = text_config.max_position_embeddings
+    if 0 < tokenizer.model_max_length <= most:
+        return
+    _log.warning(
+        "%s is set to %s tokens; its text encoder takes %s, where prompts are cut now",
+        *(name, tokenizer.model_max_length, most),
+    )
+    tokenizer.model_max_length = most
 
 
 def check_unet_folder(name: str | os.PathLike[str], subfolder: str | None) -> None:

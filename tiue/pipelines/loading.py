@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel
 
 from tiue.errors import CheckpointError, InputError, TiUEError
 from tiue.loading import families
-from tiue.loading.checks import hub_arguments
+from tiue.loading.checks import fit_tokenizer, hub_arguments
 from tiue.loading.single_file import load_single_file
 from tiue.loading.weights import check_classes, load_models
 from tiue.pipelines.one_pass import OnePass
@@ -146,23 +146,9 @@ class LoadableOnePass(OnePass):
 
 
 def _fit_tokenizers(pipe: Any) -> None:
-    """Bring tokenizers to the length of their text encoders; refuse those of other words."""
+    """Bring tokenizers to the length of their text encoders; refuse those that do not fit."""
     for end in ("", "_2"):
         tokenizer = getattr(pipe, f"tokenizer{end}", None)
         encoder: Any = getattr(pipe, f"text_encoder{end}", None)
-        if tokenizer is None or not hasattr(encoder, "config"):
-            continue
-        config = encoder.config
-        if len(tokenizer) > config.vocab_size:
-            raise CheckpointError(
-                f"tokenizer{end} knows {len(tokenizer)} tokens, its text encoder"
-                f" {config.vocab_size}: take both from one model, or fetch it again"
-            )
-        most = config.max_position_embeddings
-        if 0 < tokenizer.model_max_length <= most:
-            continue
-        _log.warning(
-            "tokenizer%s is set to %s tokens; its text encoder takes %s, where prompts are cut now",
-            *(end, tokenizer.model_max_length, most),
-        )
-        tokenizer.model_max_length = most
+        if tokenizer is not None and hasattr(encoder, "config"):
+            fit_tokenizer(tokenizer, encoder.config, f"tokenizer{end}")

@@ -378,6 +378,22 @@ def test_a_missing_part_of_the_teacher_is_named(make_config, teacher_folder, tmp
         Trainer(make_config(teacher=str(tmp_path)))
 
 
+def test_a_tokenizer_that_does_not_fit_is_cut_or_refused(make_config, teacher_folder, tmp_path):
+    shutil.copytree(teacher_folder, tmp_path / "teacher")
+    path = tmp_path / "teacher" / "tokenizer" / "tokenizer_config.json"
+    right = json.loads(path.read_text())
+    config = make_config(teacher=str(tmp_path / "teacher"))
+    path.write_text(json.dumps(right | {"model_max_length": 10**30}))
+    assert Trainer(config).text.empty.tokens.shape[1] == 16
+    for changes, said in (
+        ({"pad_token": None}, "has no padding token"),
+        ({"bos_token": "<|start|endoftext|>"}, r"knows \d+ tokens, its text encoder \d+"),
+    ):
+        path.write_text(json.dumps(right | changes))
+        with pytest.raises(CheckpointError, match=said):
+            Trainer(make_config(teacher=str(tmp_path / "teacher")))
+
+
 def test_distillation_reaches_the_teacher(make_config, tmp_path):
     """A teacher that knows one picture, flat colours, draws a student away from the opposite one.
 
