@@ -103,7 +103,8 @@ def _modulated(x, scale, shift) -> Tensors:
 
 def _pixels(x, norm_weight, norm_bias, weight, bias) -> Tensors:
     x = F.group_norm(x, 4, norm_weight, norm_bias, 1e-6)
-    return (F.linear(x.flatten(2).transpose(1, 2), weight, bias),)
+    tokens = x.flatten(2).transpose(1, 2).contiguous()  # as diffusers lays them
+    return (F.linear(tokens, weight, bias),)
 
 
 def _geglu(x) -> Tensors:
