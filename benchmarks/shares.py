@@ -36,7 +36,7 @@ def _kind(event: Any) -> str:
     name = event.name
     if "attention" in name:
         return "attention"
-    if "convolution" in name or name.startswith("tiue_cpu::"):
+    if "convolution" in name or "conv2d" in name:
         return "convolution"
     if name not in _PRODUCTS:
         return "rest"

@@ -16,10 +16,10 @@ import torch
 
 from tests.skips import NeededByCI
 from tiue_kernels import build, cpu, cuda, dispatch
+from tiue_kernels.cpu.library import Library
 
 # A CPU library that lies in the package is for the tests that ask for it (`with_cpu_library`).
-IN_PLACE = cpu.loaded()
-cpu._why_not = "tests ask for it"
+cpu._library, cpu._why_not, cpu._said = None, "tests ask for it", True
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -52,19 +52,25 @@ def host_library() -> Path:
 
 @pytest.fixture(scope="session")
 def cpu_library() -> Path:
-    """The CPU path's own library, registered; the package goes on without it."""
-    if shutil.which("g++") is None:
-        pytest.skip("no g++: the CPU library cannot be built")
+    """The CPU path's own library; the package goes on without it."""
+    try:
+        build.find_compiler()
+    except build.BuildError as error:
+        pytest.skip(f"the CPU library cannot be built: {error}")
     with one_at_a_time(build.cache_folder()):
-        library = build.build("cpu", build.cache_folder())
-    if not IN_PLACE:
-        torch.ops.load_library(library)
-    return library
+        return build.build("cpu", build.cache_folder())
 
 
 @pytest.fixture
-def with_cpu_library(cpu_library, monkeypatch) -> Iterator[None]:
+def cpu_form() -> str | None:
+    """Which form of the CPU library runs; None: the widest that this computer has."""
+    return None
+
+
+@pytest.fixture
+def with_cpu_library(cpu_library, cpu_form, monkeypatch) -> Iterator[None]:
     """For one test: others hold float32 to bounds that torch's own convolutions keep."""
+    monkeypatch.setattr(cpu, "_library", Library(cpu_library, cpu_form))
     monkeypatch.setattr(cpu, "_why_not", None)
     dispatch.reset()
     yield

@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 # What is built -> its library. `host` are the GPU kernels executed on the CPU, for tests.
@@ -24,6 +25,17 @@ DEFAULT_ARCHS = "80+PTX;90a"
 # Every access of a kernel on the host calls csrc/common/host_memory.cpp; no sanitizer is linked.
 HOST_CHECKS = "-fsanitize=thread --param tsan-instrument-func-entry-exit=0"
 GIB_PER_JOB = 3  # nvcc on the largest file takes 2
+# The forms of the CPU library, each compiled with these instructions allowed; x86-64 has all three.
+CPU_FORMS = {
+    "portable": [],
+    "avx2": ["-mavx2", "-mfma"],
+    "avx512": [
+        *("-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma"),
+        "-mprefer-vector-width=512",
+    ],
+}
+# The oldest that it is compiled and tested with.
+LEAST_COMPILERS = {"g++": 11, "clang++": 14}
 # The oldest torch that the library loads beside, whatever the headers it is compiled with.
 TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"
 
@@ -51,7 +63,8 @@ def sources(target: str) -> list[Path]:
 def fingerprint(target: str) -> str:
     """What a target is compiled from, as one word: of the files in csrc, headers included."""
     digest = hashlib.sha256(target.encode())
-    for path in sorted(source_folder().rglob("*.*")):
+    folder = source_folder() / "cpu" if target == "cpu" else source_folder()
+    for path in sorted(folder.rglob("*.*")):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()
 
@@ -127,6 +140,76 @@ def job_count() -> int:
     return max(1, min(cpus, int(free / GIB_PER_JOB)))
 
 
+def find_compiler() -> str:
+    """The C++ compiler of the CPU library: $CXX, g++, clang++ or c++.
+
+    Raises:
+        BuildError: There is none, it does not run, or it is too old.
+    """
+    wanted = os.environ.get("CXX")
+    for name in [wanted] if wanted else ["g++", "clang++", "c++"]:
+        if found := shutil.which(name):
+            break
+    else:
+        raise BuildError(
+            f"CXX={wanted} was not found"
+            if wanted
+            else "no C++ compiler was found (g++, clang++; or set CXX): install one, for instance "
+            "by `apt install g++`"
+        )
+    asked = [found, "-dM", "-E", "-x", "c++", "-"]
+    done = subprocess.run(asked, input="", capture_output=True, text=True)
+    macros = dict(re.findall(r"#define (\w+) (\d+)$", done.stdout, re.MULTILINE))
+    kind, macro = ("clang++", "__clang_major__")
+    if macro not in macros:
+        kind, macro = ("g++", "__GNUC__")
+    if macro not in macros:
+        raise BuildError(f"{found} is neither g++ nor clang++: set CXX to one of them")
+    if int(macros[macro]) < LEAST_COMPILERS[kind]:
+        least = " or ".join(f"{name} {number}" for name, number in LEAST_COMPILERS.items())
+        raise BuildError(
+            f"{found} is {kind} {macros[macro]}; the CPU library needs {least}, or newer: install "
+            "one and set CXX to it"
+        )
+    return found
+
+
+def version() -> str:
+    """The package's, which the CPU library is marked with."""
+    text = (Path(__file__).parent / "__init__.py").read_text("utf-8")
+    return re.findall(r'^__version__ = "([^"]+)"', text, re.MULTILINE)[0]
+
+
+def _build_cpu(library: Path, work: Path) -> None:
+    """Needs a compiler and nothing else: neither torch nor ninja is there when pip installs."""
+    compiler = find_compiler()
+    machine = subprocess.run([compiler, "-dumpmachine"], capture_output=True, text=True).stdout
+    forms = CPU_FORMS if machine.startswith("x86_64") else {"portable": []}
+    flags = ["-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-Wall"]
+    flags += ["-fvisibility=hidden", "-fno-exceptions", f'-DTIUE_VERSION="{version()}"']
+    commands, objects = [], []
+    for source in sources("cpu"):
+        for form, instructions in forms.items():
+            if source.stem == "library" and form != "portable":
+                continue
+            objects.append(str(work / f"{source.stem}_{form}.o"))
+            own = [*flags, *instructions, f"-DTIUE_FORM={form}"]
+            commands.append([compiler, *own, "-c", str(source), "-o", objects[-1]])
+    with ThreadPoolExecutor(job_count()) as pool:
+        list(pool.map(_run, commands))
+    # A library that is loaded must not be written into.
+    fresh = library.with_suffix(f".{os.getpid()}")
+    link = ["-shared", "-static-libgcc", "-static-libstdc++", *objects, "-o", str(fresh), "-lm"]
+    _run([compiler, *link])
+    fresh.replace(library)
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise BuildError(f"csrc does not compile:\n{' '.join(command)}\n{done.stderr[-8000:]}")
+
+
 def _rules(target: str) -> dict[str, str]:
     torch = find_torch()
     common = f"-std=c++17 {TORCH_TARGET} -isystem {torch}/include"
@@ -134,9 +217,6 @@ def _rules(target: str) -> dict[str, str]:
     libraries = f"-L{torch}/lib -ltorch -ltorch_cpu"
     compiler = os.environ.get("CXX", "g++")
     link = f"{compiler} -shared $in -o $out {libraries}"
-    if target == "cpu":
-        flags = f"{common} {hidden} -O3 -ffp-contract=fast -Wall -MMD -MF $out.d"
-        return {"cpp": f"{compiler} {flags} -c $in -o $out", "link": link}
     if target == "host":
         # setjmp and longjmp switch stacks, which fortified builds take for an error.
         flags = f"{common} {hidden} -DTIUE_HOST -O2 -U_FORTIFY_SOURCE -Wall -Wno-unknown-pragmas"
@@ -159,23 +239,8 @@ def _rules(target: str) -> dict[str, str]:
     }
 
 
-def build(target: str, output: Path, objects: Path | None = None) -> Path:
-    """Compile what has changed and return the library's path.
-
-    Args:
-        target: "cuda" for GPUs with nvcc, "host" for the same kernels on the CPU, or "cpu" for the
-            CPU path's own, both with g++.
-        output: folder of the library.
-        objects: folder of objects and logs; by default one of the target in the cache folder.
-
-    Raises:
-        BuildError: a tool is missing, or the compiler refuses.
-    """
+def _build_with_ninja(target: str, library: Path, work: Path) -> None:
     rules = _rules(target)
-    work = objects or cache_folder() / target
-    output.mkdir(parents=True, exist_ok=True)
-    work.mkdir(parents=True, exist_ok=True)
-    library = output.resolve() / LIBRARIES[target]
     lines = []
     for name, command in rules.items():
         depends = "" if name == "link" else "\n  depfile = $out.d\n  deps = gcc"
@@ -192,7 +257,31 @@ def build(target: str, output: Path, objects: Path | None = None) -> Path:
     )
     if done.returncode:
         raise BuildError(f"csrc does not compile:\n{done.stdout[-8000:]}{done.stderr[-2000:]}")
+
+
+def build(target: str, output: Path, objects: Path | None = None) -> Path:
+    """Compile what has changed and return the library's path; the CPU's is compiled as a whole.
+
+    Args:
+        target: "cuda" for GPUs with nvcc, "host" for the same kernels on the CPU, or "cpu" for the
+            CPU path's own, both with g++.
+        output: folder of the library.
+        objects: folder of objects and logs; by default one of the target in the cache folder.
+
+    Raises:
+        BuildError: a tool is missing, or the compiler refuses.
+    """
+    work = objects or cache_folder() / target
+    output.mkdir(parents=True, exist_ok=True)
+    work.mkdir(parents=True, exist_ok=True)
+    library = output.resolve() / LIBRARIES[target]
     made_of = [fingerprint(target)]
+    if target == "cpu":
+        record = library.with_suffix(".sources")
+        if not (library.exists() and record.exists() and record.read_text().split() == made_of):
+            _build_cpu(library, work)
+    else:
+        _build_with_ninja(target, library, work)
     if target == "cuda":
         made_of.append(toolkit_version())
     library.with_suffix(".sources").write_text("\n".join(made_of))

@@ -20,7 +20,7 @@ def report() -> str:
         f"{dispatch.VARIABLE}: {os.environ.get(dispatch.VARIABLE, 'not set')}",
         f"TRITON_INTERPRET: {os.environ.get('TRITON_INTERPRET', 'not set')}",
         f"CUDA library: {cuda.why_not() or 'loaded'}",
-        f"CPU library: {cpu.why_not() or 'loaded'}",
+        f"CPU library: {cpu.why_not() or f'loaded, {cpu.library().form}'}",
     ]
     devices = ["cpu"]
     if torch.cuda.is_available():

@@ -1,6 +1,9 @@
 """Loading a compiled library of operators, or saying why it is not there."""
 
+import platform
+import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -8,13 +11,22 @@ import torch
 from tiue_kernels import build
 
 
-def load(path: Path, name: str, cure: str) -> str | None:
+class LibraryError(RuntimeError):
+    """A compiled library that cannot serve; the message goes on after its path."""
+
+
+# Kinds of computers as libraries name them (the ELF header's e_machine).
+MACHINES = {62: "x86_64", 183: "aarch64", 3: "i386", 40: "arm", 21: "ppc64le", 243: "riscv64"}
+
+
+def load(path: Path, name: str, cure: str, take: Callable[[], object] | None = None) -> str | None:
     """Load a library beside the torch that is here.
 
     Args:
         path: of the library.
         name: what it is called in messages, e.g. "CUDA".
         cure: the command that builds it.
+        take: what loads it; by default torch does, as a library of operators.
 
     Returns:
         None, or the reason why it is not loaded, and the cure. A library that is there but does
@@ -22,14 +34,15 @@ def load(path: Path, name: str, cure: str) -> str | None:
     """
     if not path.exists():
         return f"the {name} library is not built: {cure}"
-    cause = _why_stale(path, name.lower())
+    cause = _why_not_of_this_computer(path) or _why_stale(path, name.lower())
     if cause is None:
         try:
-            torch.ops.load_library(path)
+            take() if take else torch.ops.load_library(path)
         except Exception as error:
             # A broken library must never keep the package from being imported.
             said = str(error).splitlines()[0] if str(error) else type(error).__name__
-            cause = f"does not load beside torch {torch.__version__}: {said}"
+            loading = f"does not load beside torch {torch.__version__}: {said}"
+            cause = said if isinstance(error, LibraryError) else loading
     if cause is None:
         return None
     command, _, _ = cure.partition(" (")
@@ -64,6 +77,26 @@ def why_no_driver(path: Path, driver: int) -> str | None:
         f"{toolkit[0].partition('.')[0]}.0 or newer, and this one is for {newest}: update the "
         f"driver, or set CUDA_HOME to a toolkit of CUDA {driver // 1000} and build it again"
     )
+
+
+def _why_not_of_this_computer(path: Path) -> str | None:
+    """A library for another kind of computer: the loader would only say that it finds none."""
+
+    def machine_of(file: Path) -> int | None:
+        try:
+            with open(file, "rb") as opened:
+                header = opened.read(20)
+        except OSError:
+            return None
+        is_elf = len(header) == 20 and header[:4] == b"\x7fELF"
+        return (
+            int.from_bytes(header[18:], "big" if header[5] == 2 else "little") if is_elf else None
+        )
+
+    its, ours = machine_of(path), machine_of(Path(sys.executable))
+    if its is None or ours is None or its == ours:
+        return None
+    return f"is for {MACHINES.get(its, f'machine {its}')}, and this is {platform.machine()}"
 
 
 def _why_stale(path: Path, target: str) -> str | None:

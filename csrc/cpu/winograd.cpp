@@ -6,26 +6,13 @@
 // counts runs over neighbouring tiles or channels, so that it is vectorised.
 #include "winograd.h"
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
-#include <algorithm>
-#include <cstdint>
-#include <cstring>
-#include <optional>
-#include <vector>
-
-namespace tiue {
 namespace {
-
-using torch::stable::Tensor;
 
 // B^T d for one axis, elementwise over n columns: six rows to six rows.
 inline void transform_input(const float* const in[kInput], float* const out[kInput], int64_t n) {
   const float *d0 = in[0], *d1 = in[1], *d2 = in[2], *d3 = in[3], *d4 = in[4], *d5 = in[5];
   float *o0 = out[0], *o1 = out[1], *o2 = out[2], *o3 = out[3], *o4 = out[4], *o5 = out[5];
-#pragma GCC ivdep
+  TIUE_INDEPENDENT
   for (int64_t j = 0; j < n; ++j) {
     const float even = d4[j] - 4 * d2[j], odd = d3[j] - 4 * d1[j];
     const float even2 = d4[j] - d2[j], odd2 = 2 * (d3[j] - d1[j]);
@@ -42,7 +29,7 @@ inline void transform_input(const float* const in[kInput], float* const out[kInp
 inline void transform_output(const float* const in[kInput], float* const out[kTile], int64_t n) {
   const float *m0 = in[0], *m1 = in[1], *m2 = in[2], *m3 = in[3], *m4 = in[4], *m5 = in[5];
   float *o0 = out[0], *o1 = out[1], *o2 = out[2], *o3 = out[3];
-#pragma GCC ivdep
+  TIUE_INDEPENDENT
   for (int64_t j = 0; j < n; ++j) {
     const float sum = m1[j] + m2[j], difference = m1[j] - m2[j];
     const float sum2 = m3[j] + m4[j], difference2 = m3[j] - m4[j];
@@ -57,7 +44,7 @@ inline void transform_output(const float* const in[kInput], float* const out[kTi
 inline void transform_taps(const float* const in[3], float* const out[kInput], int64_t n) {
   const float *g0 = in[0], *g1 = in[1], *g2 = in[2];
   float *o0 = out[0], *o1 = out[1], *o2 = out[2], *o3 = out[3], *o4 = out[4], *o5 = out[5];
-#pragma GCC ivdep
+  TIUE_INDEPENDENT
   for (int64_t j = 0; j < n; ++j) {
     const float outer = -kSixth * (g0[j] + g2[j]), outer2 = kSixth * (0.25f * g0[j] + g2[j]);
     const float inner = kSixth * g1[j], inner2 = 0.5f * inner;
@@ -71,20 +58,19 @@ inline void transform_taps(const float* const in[3], float* const out[kInput], i
 }
 
 // One channel of one row, x [H, W], to its 36 planes [tiles of the row], one after another.
-TIUE_CLONES void input_channel(const float* x, const Map& map, float* out,
-                               std::vector<float>& memory) {
+inline void input_channel(const float* x, const Map& map, float* out, Memory& memory) {
   const int64_t columns = map.tiles_x(), width = kTile * columns + kInput;
   const int64_t plane = map.tiles_y() * columns;
   // Rows of the map with a border of zeros, after the vertical transform, and taken apart into
   // the four columns of a tile: column m of tile j at [m][j].
-  memory.assign(static_cast<size_t>((2 * kInput + 1) * width + 2 * kInput * (columns + 2)), 0.0f);
+  float* own = memory.take_zeros((2 * kInput + 1) * width + 2 * kInput * (columns + 2));
   float *padded[kInput], *vertical[kInput], *apart[kTile];
   for (int a = 0; a < kInput; ++a) {
-    padded[a] = memory.data() + a * width;
-    vertical[a] = memory.data() + (kInput + a) * width;
+    padded[a] = own + a * width;
+    vertical[a] = own + (kInput + a) * width;
   }
   for (int m = 0; m < kTile; ++m) {
-    apart[m] = memory.data() + 2 * kInput * width + m * (columns + 2);
+    apart[m] = own + 2 * kInput * width + m * (columns + 2);
   }
   for (int64_t ty = 0; ty < map.tiles_y(); ++ty) {
     for (int a = 0; a < kInput; ++a) {
@@ -110,11 +96,11 @@ TIUE_CLONES void input_channel(const float* x, const Map& map, float* out,
 }
 
 // The 36 planes [C, tiles] of one channel of one row to its outputs [H, W].
-TIUE_CLONES void output_channel(const float* in, int64_t plane, const Map& map, float bias,
-                                float* out, std::vector<float>& memory) {
+inline void output_channel(const float* in, int64_t plane, const Map& map, float bias, float* out,
+                           Memory& memory) {
   const int64_t columns = map.tiles_x();
-  memory.resize(static_cast<size_t>((kInput * kTile + kTile * kTile) * columns + kTile * columns));
-  float* horizontal = memory.data();                        // [6][4][columns]
+  float* horizontal =  // [6][4][columns]
+      memory.take((kInput * kTile + kTile * kTile + kTile) * columns);
   float* vertical = horizontal + kInput * kTile * columns;  // [4][4][columns]
   float* line = vertical + kTile * kTile * columns;
   for (int64_t ty = 0; ty < map.tiles_y(); ++ty) {
@@ -132,7 +118,7 @@ TIUE_CLONES void output_channel(const float* in, int64_t plane, const Map& map, 
       for (int p = 0; p < kTile; ++p) to[p] = vertical + (kTile * p + m) * columns;
       transform_output(from, to, columns);
     }
-    const int64_t last = std::min<int64_t>(kTile, map.height - ty * kTile);
+    const int64_t last = least(kTile, map.height - ty * kTile);
     for (int64_t p = 0; p < last; ++p) {
       const float* from = vertical + kTile * p * columns;
       for (int64_t j = 0; j < columns; ++j) {
@@ -144,7 +130,7 @@ TIUE_CLONES void output_channel(const float* in, int64_t plane, const Map& map, 
 }
 
 // Up to kChannels input channels of one output channel: taps [n][9] to 36 planes [.., n].
-TIUE_CLONES void weight_channels(const float* taps, int64_t n, float* out, int64_t plane) {
+inline void weight_channels(const float* taps, int64_t n, float* out, int64_t plane) {
   float apart[9][kChannels], vertical[kInput][3][kChannels];
   for (int64_t c = 0; c < n; ++c) {
     for (int tap = 0; tap < 9; ++tap) apart[tap][c] = taps[9 * c + tap];
@@ -170,15 +156,15 @@ inline uint64_t mix(uint64_t value) {
   return value ^ (value >> 33);
 }
 
-TIUE_CLONES uint64_t fingerprint_row(const float* row, int64_t n) {
-  constexpr int kLanes = 64;
-  uint32_t lanes[kLanes];
-  for (int lane = 0; lane < kLanes; ++lane) lanes[lane] = 0x811c9dc5u + lane;
+inline uint64_t fingerprint_row(const float* row, int64_t n) {
+  constexpr int kChains = 64;
+  uint32_t lanes[kChains];
+  for (int lane = 0; lane < kChains; ++lane) lanes[lane] = 0x811c9dc5u + lane;
   int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    uint32_t bits[kLanes];
+  for (; i + kChains <= n; i += kChains) {
+    uint32_t bits[kChains];
     std::memcpy(bits, row + i, sizeof(bits));
-    for (int lane = 0; lane < kLanes; ++lane) {
+    for (int lane = 0; lane < kChains; ++lane) {
       const uint32_t turned = lanes[lane] << 5 | lanes[lane] >> 27;
       lanes[lane] = (turned ^ bits[lane]) * 0x9e3779b1u;
     }
@@ -189,7 +175,7 @@ TIUE_CLONES uint64_t fingerprint_row(const float* row, int64_t n) {
     std::memcpy(&bits, row + i, sizeof(bits));
     result = mix(result ^ bits);
   }
-  for (int lane = 0; lane < kLanes; lane += 2) {
+  for (int lane = 0; lane < kChains; lane += 2) {
     result = mix(result ^ (static_cast<uint64_t>(lanes[lane]) << 32 | lanes[lane + 1]));
   }
   return result;
@@ -197,100 +183,80 @@ TIUE_CLONES uint64_t fingerprint_row(const float* row, int64_t n) {
 
 }  // namespace
 
-// x [R, C, H, W] -> [36, C, tiles of all rows], or [36, panels, C, 16] for winograd_product.
-Tensor winograd_input(Tensor x, bool panels) {
-  const Map map{x.size(0), x.size(1), x.size(2), x.size(3)};
-  const int64_t tiles = map.tiles();
-  Tensor out = panels
-                   ? torch::stable::new_empty(x, {kPoints, panels_of(tiles), map.channels, kPanel})
-                   : torch::stable::new_empty(x, {kPoints, map.channels, tiles});
-  const Inputs inputs{static_cast<float*>(out.data_ptr()), map.channels, tiles, panels};
-  transform_channels(static_cast<const float*>(x.data_ptr()), map, inputs, input_channel);
-  return out;
+// x [rows, channels, height, width] -> out [36, channels, tiles of all rows], or
+// [36, panels, channels, 16] for winograd_product.
+TIUE_FUNCTION(void, winograd_input)
+(const float* x, int64_t rows, int64_t channels, int64_t height, int64_t width, int64_t panels,
+ float* out) {
+  const Map map{rows, channels, height, width};
+  transform_channels(x, map, Inputs{out, channels, map.tiles(), panels != 0}, input_channel);
 }
 
-// weights [36, n, C] and panels [36, panels, C, 16] of some tiles -> [36, n, tiles].
-Tensor winograd_product(Tensor weights, Tensor panels, int64_t tiles) {
-  constexpr int64_t kTaskRows = 192;
-  const int64_t outputs = weights.size(1), depth = weights.size(2);
-  const int64_t of_point = (outputs + kTaskRows - 1) / kTaskRows;
-  Tensor out = torch::stable::new_empty(weights, {kPoints, outputs, tiles});
-  const float* a = static_cast<const float*>(weights.data_ptr());
-  const float* packed = static_cast<const float*>(panels.data_ptr());
-  float* to = static_cast<float*>(out.data_ptr());
-  torch::stable::parallel_for(0, kPoints * of_point, 1, [&](int64_t begin, int64_t end) {
+// weights [36, outputs, depth] and panels [36, panels, depth, 16] of some tiles -> out
+// [36, outputs, tiles].
+TIUE_FUNCTION(void, winograd_product)
+(const float* weights, const float* panels, int64_t outputs, int64_t depth, int64_t tiles,
+ float* out) {
+  const int64_t of_point = parts_of(outputs, kRows);
+  parallel_for(kPoints * of_point, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t point = task / of_point, row = task % of_point * kTaskRows;
-      multiply(a + (point * outputs + row) * depth, depth, std::min(kTaskRows, outputs - row),
-               packed + point * panels_of(tiles) * depth * kPanel, tiles, depth,
-               to + (point * outputs + row) * tiles, tiles);
+      const int64_t point = task / of_point, row = task % of_point * kRows;
+      multiply(weights + (point * outputs + row) * depth, depth, least(kRows, outputs - row),
+               panels + point * panels_of(tiles) * depth * kPanel, tiles, depth,
+               out + (point * outputs + row) * tiles, tiles);
     }
   });
-  return out;
 }
 
-// products [36, n, tiles of r rows] -> rows first_row to first_row + r and channels first_channel
-// to first_channel + n of out [R, C, height, width], plus the bias [C].
-void winograd_output(Tensor products, std::optional<Tensor> bias, Tensor out, int64_t first_row,
-                     int64_t first_channel) {
-  const int64_t height = out.size(2), width = out.size(3), channels = out.size(1);
-  const int64_t of_row = tiles_along(height) * tiles_along(width);
-  const int64_t tiles = products.size(2);
-  const Map map{tiles / of_row, products.size(1), height, width};
-  const float* data = static_cast<const float*>(products.data_ptr());
-  const float* shift = bias ? static_cast<const float*>(bias->data_ptr()) : nullptr;
-  float* to = static_cast<float*>(out.data_ptr());
-  torch::stable::parallel_for(0, map.rows * map.channels, 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> memory;
+// products [36, some, tiles of some rows] -> those rows of out [.., channels, height, width], the
+// channels from `first` on, plus bias [channels], which may be null.
+TIUE_FUNCTION(void, winograd_output)
+(const float* products, int64_t rows, int64_t some, const float* bias, int64_t channels,
+ int64_t height, int64_t width, int64_t first, float* out) {
+  const Map map{rows, some, height, width};
+  const int64_t of_row = map.tiles_y() * map.tiles_x(), tiles = map.tiles();
+  parallel_for(rows * some, [&](int64_t begin, int64_t end) {
+    Memory memory;
     for (int64_t index = begin; index < end; ++index) {
-      const int64_t row = index / map.channels, channel = index % map.channels;
-      const int64_t target = first_channel + channel;
-      output_channel(data + channel * tiles + row * of_row, map.channels * tiles, map,
-                     shift ? shift[target] : 0.0f,
-                     to + ((first_row + row) * channels + target) * height * width, memory);
+      const int64_t row = index / some, channel = index % some, target = first + channel;
+      output_channel(products + channel * tiles + row * of_row, some * tiles, map,
+                     bias == nullptr ? 0.0f : bias[target],
+                     out + (row * channels + target) * height * width, memory);
     }
   });
 }
 
-// weight[first_output : first_output + n, start : start + C] of [C_out, C_in, 3, 3] -> out [36, n,
-// C].
-void winograd_weight(Tensor weight, int64_t start, int64_t first_output, Tensor out) {
-  const int64_t outputs = out.size(1), channels = out.size(2), stride = weight.size(1) * 9;
-  const float* data = static_cast<const float*>(weight.data_ptr()) + first_output * stride;
-  float* to = static_cast<float*>(out.data_ptr());
-  torch::stable::parallel_for(0, outputs, 1, [&](int64_t begin, int64_t end) {
+// weight [outputs, channels, 3, 3], outputs `stride` apart -> out [36, outputs, channels].
+TIUE_FUNCTION(void, winograd_weight)
+(const float* weight, int64_t stride, int64_t outputs, int64_t channels, float* out) {
+  parallel_for(outputs, [&](int64_t begin, int64_t end) {
     for (int64_t o = begin; o < end; ++o) {
       for (int64_t c = 0; c < channels; c += kChannels) {
-        weight_channels(data + o * stride + (start + c) * 9, std::min(kChannels, channels - c),
-                        to + o * channels + c, outputs * channels);
+        weight_channels(weight + o * stride + c * 9, least(kChannels, channels - c),
+                        out + o * channels + c, outputs * channels);
       }
     }
   });
 }
 
-// 64 bits of the contents of weight[:, start : start + channels], for a cache that cannot be stale.
-// Every step is a bijection of its chain of 32 bits and of its element, so one changed element
-// always changes the result.
-int64_t winograd_fingerprint(Tensor weight, int64_t start, int64_t channels) {
-  const int64_t outputs = weight.size(0), stride = weight.size(1) * 9;
-  const float* data = static_cast<const float*>(weight.data_ptr());
-  std::vector<uint64_t> parts(static_cast<size_t>(outputs));
-  torch::stable::parallel_for(0, outputs, 1, [&](int64_t begin, int64_t end) {
+// 64 bits of the contents of a weight [outputs, channels, 3, 3], outputs `stride` apart, for a
+// cache that cannot be stale. Every step is a bijection of its chain of 32 bits and of its element,
+// so one changed element always changes the result.
+TIUE_FUNCTION(int64_t, winograd_fingerprint)
+(const float* weight, int64_t stride, int64_t outputs, int64_t channels) {
+  Memory memory;  // 64 bits an output
+  float* parts = memory.take(2 * outputs);
+  parallel_for(outputs, [&](int64_t begin, int64_t end) {
     for (int64_t o = begin; o < end; ++o) {
-      parts[o] = fingerprint_row(data + o * stride + start * 9, channels * 9);
+      const uint64_t part = fingerprint_row(weight + o * stride, channels * 9);
+      std::memcpy(parts + 2 * o, &part, sizeof(part));
     }
   });
   uint64_t result = 0x9e3779b97f4a7c15u;
-  for (uint64_t part : parts) result = mix(result ^ part);
+  for (int64_t o = 0; o < outputs; ++o) {
+    uint64_t part;
+    std::memcpy(&part, parts + 2 * o, sizeof(part));
+    result = mix(result ^ part);
+  }
   return static_cast<int64_t>(result);
-}
-
-}  // namespace tiue
-
-STABLE_TORCH_LIBRARY_IMPL(tiue_cpu, CPU, m) {
-  m.impl("winograd_input", TORCH_BOX(&tiue::winograd_input));
-  m.impl("winograd_product", TORCH_BOX(&tiue::winograd_product));
-  m.impl("winograd_output", TORCH_BOX(&tiue::winograd_output));
-  m.impl("winograd_weight", TORCH_BOX(&tiue::winograd_weight));
-  m.impl("winograd_fingerprint", TORCH_BOX(&tiue::winograd_fingerprint));
 }

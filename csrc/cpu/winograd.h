@@ -1,23 +1,9 @@
 // What the transforms of Winograd's F(4 x 4, 3 x 3) share with their backward passes.
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
-
-#include <algorithm>
-#include <cstdint>
-#include <cstring>
-#include <vector>
-
 #include "product.h"
 
-// One library for every CPU: the loader picks the widest form that runs here.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define TIUE_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define TIUE_CLONES
-#endif
-
-namespace tiue {
+namespace {
 
 constexpr int kTile = 4;                  // outputs of a tile along one axis
 constexpr int kInput = kTile + 2;         // inputs that they need
@@ -25,7 +11,7 @@ constexpr int kPoints = kInput * kInput;  // products of a tile
 constexpr int64_t kChannels = 32;         // channels of a weight transformed together
 constexpr float kSixth = 1.0f / 6.0f;
 
-inline int64_t tiles_along(int64_t size) { return (size + kTile - 1) / kTile; }
+inline int64_t tiles_along(int64_t size) { return parts_of(size, kTile); }
 
 struct Map {
   int64_t rows, channels, height, width;
@@ -51,7 +37,7 @@ struct Inputs {
       return;
     }
     for (int64_t i = 0; i < n;) {
-      const int64_t tile = first + i, lane = tile % kPanel, some = std::min(kPanel - lane, n - i);
+      const int64_t tile = first + i, lane = tile % kPanel, some = least(kPanel - lane, n - i);
       std::memcpy(to + (tile / kPanel * channels + channel) * kPanel + lane, values + i,
                   some * sizeof(float));
       i += some;
@@ -62,18 +48,20 @@ struct Inputs {
 // Every channel of every row of x [R, C, H, W], transformed, into planes or panels.
 // transform(channel, map, planes, memory) writes the 36 planes [tiles of the row] of one.
 template <class Transform>
-void transform_channels(const float* x, const Map& map, const Inputs& out, Transform transform) {
+inline void transform_channels(const float* x, const Map& map, const Inputs& out,
+                               Transform transform) {
   const int64_t of_row = map.tiles_y() * map.tiles_x();
-  torch::stable::parallel_for(0, map.rows * map.channels, 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> memory, planes(static_cast<size_t>(kPoints * of_row));
+  parallel_for(map.rows * map.channels, [&](int64_t begin, int64_t end) {
+    Memory memory, whole;
+    float* planes = whole.take(kPoints * of_row);
     for (int64_t index = begin; index < end; ++index) {
       const int64_t row = index / map.channels, channel = index % map.channels;
-      transform(x + index * map.height * map.width, map, planes.data(), memory);
+      transform(x + index * map.height * map.width, map, planes, memory);
       for (int point = 0; point < kPoints; ++point) {
-        out.write(point, channel, row * of_row, planes.data() + point * of_row, of_row);
+        out.write(point, channel, row * of_row, planes + point * of_row, of_row);
       }
     }
   });
 }
 
-}  // namespace tiue
+}  // namespace

@@ -1,24 +1,16 @@
 // The backward passes of the transforms in winograd.cpp: each is the transpose of one of them, so
 // that the gradients take four times fewer multiplications than those of the convolution, too.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
-#include <vector>
 
 #include "winograd.h"
 
-namespace tiue {
 namespace {
-
-using torch::stable::Tensor;
 
 // A y for one axis, elementwise over n columns: four rows to six.
 inline void transform_output_backward(const float* const in[kTile], float* const out[kInput],
                                       int64_t n) {
   const float *y0 = in[0], *y1 = in[1], *y2 = in[2], *y3 = in[3];
   float *o0 = out[0], *o1 = out[1], *o2 = out[2], *o3 = out[3], *o4 = out[4], *o5 = out[5];
-#pragma GCC ivdep
+  TIUE_INDEPENDENT
   for (int64_t j = 0; j < n; ++j) {
     const float even = y0[j] + y2[j], odd = y1[j] + y3[j];
     const float even2 = y0[j] + 4 * y2[j], odd2 = 2 * y1[j] + 8 * y3[j];
@@ -36,7 +28,7 @@ inline void transform_input_backward(const float* const in[kInput], float* const
                                      int64_t n) {
   const float *v0 = in[0], *v1 = in[1], *v2 = in[2], *v3 = in[3], *v4 = in[4], *v5 = in[5];
   float *o0 = out[0], *o1 = out[1], *o2 = out[2], *o3 = out[3], *o4 = out[4], *o5 = out[5];
-#pragma GCC ivdep
+  TIUE_INDEPENDENT
   for (int64_t j = 0; j < n; ++j) {
     const float sum = v1[j] + v2[j], difference = v1[j] - v2[j];
     const float sum2 = v3[j] + v4[j], difference2 = 2 * (v3[j] - v4[j]);
@@ -53,7 +45,7 @@ inline void transform_input_backward(const float* const in[kInput], float* const
 inline void transform_taps_backward(const float* const in[kInput], float* const out[3], int64_t n) {
   const float *u0 = in[0], *u1 = in[1], *u2 = in[2], *u3 = in[3], *u4 = in[4], *u5 = in[5];
   float *g0 = out[0], *g1 = out[1], *g2 = out[2];
-#pragma GCC ivdep
+  TIUE_INDEPENDENT
   for (int64_t j = 0; j < n; ++j) {
     const float sum = -kSixth * (u1[j] + u2[j]), difference = kSixth * (u2[j] - u1[j]);
     const float sum2 = kSixth * (u3[j] + u4[j]), difference2 = kSixth * (u3[j] - u4[j]);
@@ -64,12 +56,10 @@ inline void transform_taps_backward(const float* const in[kInput], float* const 
 }
 
 // One channel of one row of a gradient, y [H, W], to its 36 planes [tiles of the row].
-TIUE_CLONES void output_channel_backward(const float* y, const Map& map, float* out,
-                                         std::vector<float>& memory) {
+inline void output_channel_backward(const float* y, const Map& map, float* out, Memory& memory) {
   const int64_t columns = map.tiles_x(), width = kTile * columns, plane = map.tiles_y() * columns;
   // Rows of the map, zeros where tiles stick out, taken apart into the four columns of a tile.
-  memory.assign(static_cast<size_t>(width + (kTile * kTile + kInput * kTile) * columns), 0.0f);
-  float* line = memory.data();
+  float* line = memory.take_zeros(width + (kTile * kTile + kInput * kTile) * columns);
   float* apart = line + width;                        // [4][4][columns]
   float* vertical = apart + kTile * kTile * columns;  // [6][4][columns]
   for (int64_t ty = 0; ty < map.tiles_y(); ++ty) {
@@ -99,12 +89,12 @@ TIUE_CLONES void output_channel_backward(const float* y, const Map& map, float* 
 
 // The 36 planes of one channel of one row to the gradient of its inputs [H, W]: windows overlap by
 // two rows and two columns, which are added up.
-TIUE_CLONES void input_channel_backward(const float* in, int64_t plane, const Map& map, float* out,
-                                        std::vector<float>& memory) {
+inline void input_channel_backward(const float* in, int64_t plane, const Map& map, float* out,
+                                   Memory& memory) {
   // A row is kept taken apart: column 4 j + m, counted from the border of zeros, at [m][j].
   const int64_t columns = map.tiles_x(), wide = columns + 1, row_size = kTile * wide;
-  memory.assign(static_cast<size_t>(kInput * columns + (2 * kInput + 3) * row_size), 0.0f);
-  float* across = memory.data();                  // [6][columns]
+  float* across =  // [6][columns]
+      memory.take_zeros(kInput * columns + (2 * kInput + 3) * row_size);
   float* horizontal = across + kInput * columns;  // [6 rows of a tile][4][columns + 1]
   float* vertical = horizontal + kInput * row_size;
   float* carry = vertical + kInput * row_size;  // the last two rows of the tiles above
@@ -151,7 +141,7 @@ TIUE_CLONES void input_channel_backward(const float* in, int64_t plane, const Ma
 }
 
 // Up to kChannels input channels of one output channel: 36 planes [.., n] to taps [n][9].
-TIUE_CLONES void weight_channels_backward(const float* in, int64_t plane, int64_t n, float* taps) {
+inline void weight_channels_backward(const float* in, int64_t plane, int64_t n, float* taps) {
   float horizontal[kInput][3][kChannels], apart[9][kChannels];
   for (int a = 0; a < kInput; ++a) {
     const float* from[kInput];
@@ -174,58 +164,40 @@ TIUE_CLONES void weight_channels_backward(const float* in, int64_t plane, int64_
 
 }  // namespace
 
-// grad_out [R, C, H, W] -> [36, C, tiles of all rows].
-Tensor winograd_output_backward(Tensor grad_out) {
-  const Map map{grad_out.size(0), grad_out.size(1), grad_out.size(2), grad_out.size(3)};
-  const int64_t tiles = map.tiles();
-  Tensor out = torch::stable::new_empty(grad_out, {kPoints, map.channels, tiles});
-  const Inputs grads{static_cast<float*>(out.data_ptr()), map.channels, tiles, false};
-  transform_channels(static_cast<const float*>(grad_out.data_ptr()), map, grads,
+// grad_out [rows, channels, height, width] -> out [36, channels, tiles of all rows].
+TIUE_FUNCTION(void, winograd_output_backward)
+(const float* grad_out, int64_t rows, int64_t channels, int64_t height, int64_t width, float* out) {
+  const Map map{rows, channels, height, width};
+  transform_channels(grad_out, map, Inputs{out, channels, map.tiles(), false},
                      output_channel_backward);
-  return out;
 }
 
-// grads [36, n, tiles of r rows] -> rows first_row to first_row + r and channels first_channel to
-// first_channel + n of grad_x [R, C, H, W].
-void winograd_input_backward(Tensor grads, Tensor grad_x, int64_t first_row,
-                             int64_t first_channel) {
-  const int64_t height = grad_x.size(2), width = grad_x.size(3), channels = grad_x.size(1);
-  const int64_t of_row = tiles_along(height) * tiles_along(width), tiles = grads.size(2);
-  const Map map{tiles / of_row, grads.size(1), height, width};
-  const float* data = static_cast<const float*>(grads.data_ptr());
-  float* to = static_cast<float*>(grad_x.data_ptr());
-  torch::stable::parallel_for(0, map.rows * map.channels, 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> memory;
+// grads [36, some, tiles of some rows] -> those rows of grad_x [.., channels, height, width], the
+// channels from `first` on.
+TIUE_FUNCTION(void, winograd_input_backward)
+(const float* grads, int64_t rows, int64_t some, int64_t channels, int64_t height, int64_t width,
+ int64_t first, float* grad_x) {
+  const Map map{rows, some, height, width};
+  const int64_t of_row = map.tiles_y() * map.tiles_x(), tiles = map.tiles();
+  parallel_for(rows * some, [&](int64_t begin, int64_t end) {
+    Memory memory;
     for (int64_t index = begin; index < end; ++index) {
-      const int64_t row = index / map.channels, channel = index % map.channels;
-      input_channel_backward(
-          data + channel * tiles + row * of_row, map.channels * tiles, map,
-          to + ((first_row + row) * channels + first_channel + channel) * height * width, memory);
+      const int64_t row = index / some, channel = index % some;
+      input_channel_backward(grads + channel * tiles + row * of_row, some * tiles, map,
+                             grad_x + (row * channels + first + channel) * height * width, memory);
     }
   });
 }
 
-// grads [36, n, C] -> rows first_output to first_output + n of grad_weight [C_out, C, 3, 3], which
-// may be a slice of the input channels of a larger one.
-void winograd_weight_backward(Tensor grads, Tensor grad_weight, int64_t first_output) {
-  const int64_t outputs = grads.size(1), channels = grads.size(2);
-  const int64_t stride = grad_weight.stride(0);
-  const float* data = static_cast<const float*>(grads.data_ptr());
-  float* to = static_cast<float*>(grad_weight.data_ptr()) + first_output * stride;
-  torch::stable::parallel_for(0, outputs, 1, [&](int64_t begin, int64_t end) {
+// grads [36, outputs, channels] -> grad_weight [outputs, channels, 3, 3], outputs `stride` apart.
+TIUE_FUNCTION(void, winograd_weight_backward)
+(const float* grads, int64_t outputs, int64_t channels, int64_t stride, float* grad_weight) {
+  parallel_for(outputs, [&](int64_t begin, int64_t end) {
     for (int64_t o = begin; o < end; ++o) {
       for (int64_t c = 0; c < channels; c += kChannels) {
-        weight_channels_backward(data + o * channels + c, outputs * channels,
-                                 std::min(kChannels, channels - c), to + o * stride + c * 9);
+        weight_channels_backward(grads + o * channels + c, outputs * channels,
+                                 least(kChannels, channels - c), grad_weight + o * stride + c * 9);
       }
     }
   });
-}
-
-}  // namespace tiue
-
-STABLE_TORCH_LIBRARY_IMPL(tiue_cpu, CPU, m) {
-  m.impl("winograd_output_backward", TORCH_BOX(&tiue::winograd_output_backward));
-  m.impl("winograd_input_backward", TORCH_BOX(&tiue::winograd_input_backward));
-  m.impl("winograd_weight_backward", TORCH_BOX(&tiue::winograd_weight_backward));
 }

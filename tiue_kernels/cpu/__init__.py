@@ -1,39 +1,61 @@
-"""The compiled library of the CPU path: schemas, loading, and why it is not there.
+"""The compiled library of the CPU path: loading it, and why it is not there.
 
-`libtiue_cpu.so` lies beside this file when the package was built with TIUE_CPU=1. Without it
+`libtiue_cpu.so` lies beside this file when a C++ compiler was there at installation. Without it
 everything works, in plain PyTorch.
 """
 
-import functools
+from __future__ import annotations
+
+import logging
 from pathlib import Path
 
-import torch
-
 from tiue_kernels import libraries
+from tiue_kernels.cpu.library import Library
+from tiue_kernels.libraries import LibraryError
 
-SCHEMAS = (
-    "winograd_input(Tensor x, bool panels) -> Tensor",
-    "winograd_product(Tensor weights, Tensor panels, int tiles) -> Tensor",
-    "winograd_output(Tensor products, Tensor? bias, Tensor(a!) out, int first_row,"
-    " int first_channel) -> ()",
-    "winograd_output_backward(Tensor grad_out) -> Tensor",
-    "winograd_input_backward(Tensor grads, Tensor(a!) grad_x, int first_row, int first_channel)"
-    " -> ()",
-    "winograd_weight_backward(Tensor grads, Tensor(a!) grad_weight, int first_output) -> ()",
-    "winograd_weight(Tensor weight, int start, int first_output, Tensor(a!) out) -> ()",
-    "winograd_fingerprint(Tensor weight, int start, int channels) -> int",
-    "products_available() -> bool",
-    "attention(Tensor query, Tensor key, Tensor value, int num_heads, float scale)"
-    " -> (Tensor, Tensor)",
-)
-CURE = "TIUE_CPU=1 pip install --no-build-isolation . (needs g++)"
+logger = logging.getLogger(__name__)
 
-# A library must outlive its registrations.
-_library = torch.library.Library("tiue_cpu", "DEF")
-for _schema in SCHEMAS:
-    _library.define(_schema)
+PATH = Path(__file__).parent / "libtiue_cpu.so"
+# Written by setup.py where the library could not be compiled.
+NOT_BUILT = PATH.with_suffix(".not_built")
+CURE = "TIUE_CPU=1 pip install . (needs g++ or clang++)"
 
-_why_not: str | None = libraries.load(Path(__file__).parent / "libtiue_cpu.so", "CPU", CURE)
+_library: Library | None = None
+_why_not: str | None = None
+_said = False
+
+
+def load(path: Path = PATH) -> None:
+    """Take a library, or note why not: once at import, and again for another one.
+
+    Args:
+        path: of the library.
+    """
+    global _library, _why_not
+
+    def take() -> None:
+        global _library
+        _library = Library(path)
+
+    _library = None
+    _why_not = libraries.load(path, "CPU", CURE, take)
+    if not path.exists() and NOT_BUILT.exists():
+        said = NOT_BUILT.read_text("utf-8").strip()
+        _why_not = f"the CPU library was not built: {said}. Then: {CURE}"
+
+
+load()
+
+
+def library() -> Library:
+    """The compiled library.
+
+    Raises:
+        LibraryError: It is not loaded.
+    """
+    if _library is None:
+        raise LibraryError(str(why_not()))
+    return _library
 
 
 def loaded() -> bool:
@@ -53,11 +75,16 @@ def has_products() -> bool:
 
 def why_no_products() -> str | None:
     """Why it does not; None when it does."""
-    return why_not() or _why_no_products()
-
-
-@functools.cache
-def _why_no_products() -> str | None:
-    if torch.ops.tiue_cpu.products_available():
+    if _why_not is not None:
+        return _why_not
+    if library().has_products:
         return None
-    return "its products are for CPUs with AVX2 and without AVX-512"
+    return "its products need AVX2"
+
+
+def say_what_is_missed() -> None:
+    """One line in the log, at the first convolution that the library would have run."""
+    global _said
+    if not _said and not loaded():
+        _said = True
+        logger.warning("Convolutions run in plain PyTorch, slower: %s. Said once.", why_not())

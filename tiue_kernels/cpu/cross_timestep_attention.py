@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from tiue_kernels import cpu
+
 
 def cross_timestep_attention_fwd(
     query: torch.Tensor,
@@ -14,4 +16,4 @@ def cross_timestep_attention_fwd(
     attention_bias: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
-    return torch.ops.tiue_cpu.attention(query, key, value, num_heads, scale)
+    return cpu.library().attention(query, key, value, num_heads, scale)

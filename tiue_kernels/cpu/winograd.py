@@ -14,7 +14,7 @@ import torch
 
 from tiue_kernels import cpu
 from tiue_kernels.cpu import winograd_weights
-from tiue_kernels.cpu.winograd_weights import POINTS
+from tiue_kernels.cpu.library import POINTS, tiles_of
 
 # Tiles from which a convolution gains though its weight is transformed anew, and with it kept.
 LEAST_TILES = 16
@@ -56,7 +56,7 @@ def conv2d(
     if not serves(x, weight, bias, padding):
         return None
     rows, channels, height, width = x.shape
-    tiles = _tiles(height, width)
+    tiles = tiles_of(height, width)
     if rows * tiles < LEAST_TILES_KEPT:
         return None
     transformed = None
@@ -70,13 +70,13 @@ def conv2d(
     inputs = ((row, _Inputs(some)) for row, some in _rows(x, POINTS * channels * tiles))
     if transformed is not None:
         for row, some in inputs:
-            torch.ops.tiue_cpu.winograd_output(some.products(transformed), bias, out, row, 0)
+            cpu.library().winograd_output(some.products(transformed), bias, out, row, 0)
         return out
     kept = list(inputs)
     for first, part in _parts(len(weight), channels, like=weight):
-        torch.ops.tiue_cpu.winograd_weight(weight.detach(), start, first, part)
+        cpu.library().winograd_weight(weight.detach(), start, first, part)
         for row, some in kept:
-            torch.ops.tiue_cpu.winograd_output(some.products(part), bias, out, row, first)
+            cpu.library().winograd_output(some.products(part), bias, out, row, first)
     return out
 
 
@@ -104,39 +104,33 @@ def conv2d_backward(
     """
     grad_out = grad_out.contiguous()
     channels = x.shape[1]
-    numel = POINTS * max(channels, len(weight)) * _tiles(*x.shape[2:])  # of a row, transformed
+    numel = POINTS * max(channels, len(weight)) * tiles_of(*x.shape[2:])  # of a row, transformed
     grads = [
-        (row, torch.ops.tiue_cpu.winograd_output_backward(some))
-        for row, some in _rows(grad_out, numel)
+        (row, cpu.library().winograd_output_backward(some)) for row, some in _rows(grad_out, numel)
     ]
     grad_x = grad_bias = x.new_empty(0)
     if output_mask[0]:
         grad_x = torch.empty_like(x)
         for first, part in _parts(channels, len(weight), like=x):
             transformed = part.view(POINTS, len(weight), -1)
-            torch.ops.tiue_cpu.winograd_weight(weight.detach(), start + first, 0, transformed)
+            cpu.library().winograd_weight(weight.detach(), start + first, 0, transformed)
             for row, grad in grads:
                 products = torch.bmm(transformed.mT, grad)
-                torch.ops.tiue_cpu.winograd_input_backward(products, grad_x, row, first)
+                cpu.library().winograd_input_backward(products, grad_x, row, first)
     if not output_mask[1]:
         grad_weight = x.new_empty(0)
     else:
         if grad_weight is None:
             grad_weight = x.new_empty(len(weight), channels, 3, 3)
-        inputs = [torch.ops.tiue_cpu.winograd_input(some, False) for _, some in _rows(x, numel)]
+        inputs = [cpu.library().winograd_input(some, False) for _, some in _rows(x, numel)]
         for first, part in _parts(len(weight), channels, like=x):
             outputs = slice(first, first + part.shape[1])
             for (row, grad), values in zip(grads, inputs, strict=True):
                 part.baddbmm_(grad[:, outputs], values.mT, beta=int(row > 0))
-            torch.ops.tiue_cpu.winograd_weight_backward(part, grad_weight, first)
+            cpu.library().winograd_weight_backward(part, grad_weight, first)
     if output_mask[2]:
         grad_bias = grad_out.sum((0, 2, 3))
     return grad_x, grad_weight, grad_bias
-
-
-def _tiles(height: int, width: int) -> int:
-    """Of one row of a map."""
-    return -(-height // 4) * -(-width // 4)
 
 
 def _rows(x: torch.Tensor, numel: int) -> Iterator[tuple[int, torch.Tensor]]:
@@ -167,20 +161,20 @@ class _Inputs:
 
     def __init__(self, x: torch.Tensor) -> None:
         rows, _, height, width = x.shape
-        self._tiles = rows * _tiles(height, width)
+        self._tiles = rows * tiles_of(height, width)
         self._panels = self._tiles <= MOST_PANEL_TILES and cpu.has_products()
-        self._values = torch.ops.tiue_cpu.winograd_input(x, self._panels)
+        self._values = cpu.library().winograd_input(x, self._panels)
 
     def products(self, weights: torch.Tensor) -> torch.Tensor:
         """Weights [36, n, C] -> [36, n, tiles]."""
         if self._panels:
-            return torch.ops.tiue_cpu.winograd_product(weights, self._values, self._tiles)
+            return cpu.library().winograd_product(weights, self._values, self._tiles)
         return torch.bmm(weights, self._values)
 
 
 def serves_backward(x: torch.Tensor, weight: torch.Tensor, padding: list[int]) -> bool:
     """Whether `conv2d_backward` takes the gradients of `conv2d`, and gains."""
-    tiles = len(x) * _tiles(*x.shape[2:])
+    tiles = len(x) * tiles_of(*x.shape[2:])
     return tiles >= LEAST_TILES_BACKWARD and serves(x, weight, None, padding)
 
 
@@ -192,11 +186,13 @@ def serves(
 ) -> bool:
     """Whether a convolution of stride 1 is of the kind, whatever its size."""
     tensors = [x, weight] if bias is None else [x, weight, bias]
-    return (
+    is_of_the_kind = (
         x.is_cpu
-        and cpu.loaded()
         and weight.shape[2:] == (3, 3)
         and list(padding) == [1, 1]
         and all(t.dtype is torch.float32 and t.is_contiguous() for t in tensors)
         and min(weight.shape[0], x.shape[1]) >= LEAST_CHANNELS
     )
+    if is_of_the_kind and not cpu.loaded():
+        cpu.say_what_is_missed()
+    return is_of_the_kind and cpu.loaded()

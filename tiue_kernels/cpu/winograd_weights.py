@@ -13,7 +13,9 @@ from threading import Lock
 
 import torch
 
-POINTS = 36
+from tiue_kernels import cpu
+from tiue_kernels.cpu.library import POINTS
+
 VARIABLE = "TIUE_WINOGRAD_MIB"
 # Of the memory that this process may use: 3 GiB of 24 GiB, where Stable Diffusion 1.5 takes 2.8 GiB
 # and its one pass at 32 x 32 latents 3.2 s with all weights kept, 3.9 s with 1 GiB, 4.4 s with none
@@ -72,7 +74,7 @@ class WeightCache:
         if size > self._limit:
             return None
         # 59 MB take 3 ms to read, and 20 to transform (two cores).
-        contents = torch.ops.tiue_cpu.winograd_fingerprint(weight, start, channels)
+        contents = cpu.library().winograd_fingerprint(weight, start, channels)
         key = (contents, weight.shape[0], channels)
         with self._lock:
             self._clock += 1
@@ -134,5 +136,5 @@ def transform(weight: torch.Tensor, start: int, channels: int) -> torch.Tensor:
     """[C_out, C_in, 3, 3] -> [36, C_out, channels], of the channels from start on."""
     with torch.inference_mode(False):
         out = weight.new_empty(POINTS, weight.shape[0], channels)
-        torch.ops.tiue_cpu.winograd_weight(weight.detach(), start, 0, out)
+        cpu.library().winograd_weight(weight.detach(), start, 0, out)
     return out

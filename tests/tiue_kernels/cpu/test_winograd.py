@@ -13,7 +13,8 @@ from torch import nn
 from testing.tolerances import WINOGRAD_RELATIVE
 from tiue_kernels import functional, use_backend
 from tiue_kernels.cpu import conv2d, winograd, winograd_weights
-from tiue_kernels.cpu.winograd_weights import POINTS, WeightCache
+from tiue_kernels.cpu.library import POINTS
+from tiue_kernels.cpu.winograd_weights import WeightCache
 
 pytestmark = pytest.mark.usefixtures("with_cpu_library")
 
