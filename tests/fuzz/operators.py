@@ -211,14 +211,16 @@ def _modulated(tensor: Any, size: Any) -> Call:
 def _as_tokens(tensor: Any, size: Any) -> Call:
     groups = size(4)
     channels = groups * size(5)
+    x = tensor(size(3), channels, size(6), size(6))
     return Call(
         "group_norm_tokens",
         {
-            "x": tensor(size(3), channels, size(6), size(6)),
+            "x": x,
             "weight": tensor(channels, plain=True),
             "bias": tensor(channels, plain=True),
         },
         lambda x, weight, bias: functional.group_norm_tokens(x, groups, weight, bias),
+        (x.float(), groups, 1e-6),
     )
 
 
@@ -236,13 +238,33 @@ MAKERS: dict[str, Callable[..., Call]] = {
 
 
 def _terms(call: Call) -> float:
-    """How large the terms of attention's gradients are, which cancel where weights are even."""
+    """How large the terms of gradients are, where these may cancel to nothing.
+
+    Attention's where its weights are even; a norm's where a group has two values, whose gradient is
+    0 but for rounding.
+    """
+    if call.normed is not None and call.normed[0].numel():
+        rstd = _finite(_moments(call)[1].rsqrt()).max(initial=0.0)
+        weight = call.tensors.get("weight", torch.ones(1)).float().abs().max()
+        return float(rstd * weight)
     if call.operator != "cross_timestep_attention":
         return 0.0
     query, key, value = (call.tensors[n].float().abs() for n in ("query", "key", "value"))
     largest = torch.nan_to_num(value, posinf=0.0).max()
     rows, tokens, _ = query.shape
     return rows * tokens * (largest * max(1.0, query.max().item(), key.max().item())).item()
+
+
+def _moments(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and variance + epsilon of what is normed, by row and group."""
+    assert call.normed is not None
+    x, groups, epsilon = call.normed
+    x = x.double().unflatten(1, (groups, -1)).flatten(2)
+    return x.mean(-1), x.var(-1, correction=0) + epsilon
+
+
+def _finite(x: torch.Tensor) -> Any:
+    return x[x.isfinite()].numpy()
 
 
 def _unsteadiness(call: Call) -> float:
@@ -253,11 +275,8 @@ def _unsteadiness(call: Call) -> float:
     """
     if call.normed is None or not call.normed[0].numel():
         return 0.0
-    x, groups, epsilon = call.normed
-    x = x.double().unflatten(1, (groups, -1)).flatten(2)
-    found = x.mean(-1).abs() / (x.var(-1, correction=0) + epsilon).sqrt()
-    found = found[found.isfinite()]
-    return float(found.max()) if found.numel() else 0.0
+    mean, variance = _moments(call)
+    return float(_finite(mean.abs() / variance.sqrt()).max(initial=0.0))
 
 
 def faults(call: Call, backend: str) -> list[str]:

@@ -36,6 +36,25 @@ def shared_skip(skip: torch.Tensor, answer: float) -> Call:
     return Call("moved", tensors, run, (torch.cat([hidden, skip], 1), 3, 1e-5))
 
 
+def test_a_gradient_that_cancels_may_keep_the_rounding_of_its_terms():
+    """Two values of a group: what leaves the norm is -1 and 1 whatever they are."""
+    far = torch.tensor([2.5e11, 2.6e11]).view(1, 2, 1, 1)
+    weight = torch.tensor([-0.7, -0.9])
+
+    def call(moved: float) -> Call:
+        moves = [False, True]  # the other backend is asked first
+
+        def run(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+            slope = moved if x.dtype == torch.float32 and moves.pop() else 0.0
+            with use_backend("reference"):
+                return functional.group_norm_tokens(x, 1, weight, weight) + slope * x[..., 0]
+
+        return Call("moved", {"x": far, "weight": weight}, run, (far, 1, 1e-6))
+
+    assert faults(call(2e-18), "reference") == []
+    assert faults(call(1e-12), "reference") != []
+
+
 def test_a_constant_may_lose_its_means_last_place_and_noise_may_not():
     """4.4 / sqrt(1e-5) is 1391: the last place of its mean, 2.4e-7, is seen as 3e-4."""
     noise = torch.randn(1, 2, 4, 3, generator=torch.Generator().manual_seed(1))
