@@ -85,6 +85,7 @@ def run(
     on_step: Callable[[int], None] | None = None,
     save_every: int = 250,
     first: int = 0,
+    seconds: float = 0.0,
 ) -> None:
     """Runs a stage to its last step, with checkpoints on the way, written by the first process.
 
@@ -96,12 +97,12 @@ def run(
         on_step: called with the number of updates done, after each.
         save_every: updates from one checkpoint to the next.
         first: updates that the stage's weights have had already, where there is no checkpoint.
+        seconds: that those took.
 
     Raises:
         CheckpointError: if the checkpoint is of another model or configuration.
         OutputError: if the folder cannot be written.
     """
-    seconds = 0.0
     checkpoint = folder / CHECKPOINT
     if resume and checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)

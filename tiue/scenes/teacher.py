@@ -166,14 +166,14 @@ class TeacherTraining:
         self.ema.load_state_dict(state["ema"])
         self.first = state.get("first", 0)
 
-    def load_exported(self, folder: Path) -> int:
+    def load_exported(self, folder: Path) -> tuple[int, float]:
         """Takes the weights of an exported teacher, whose optimiser's state is lost.
 
         Args:
             folder: that of the pipeline, with `training.json`.
 
         Returns:
-            The updates that the weights have had.
+            The updates that the weights have had, and the seconds that those took.
 
         Raises:
             CheckpointError: they are of other sizes.
@@ -186,11 +186,12 @@ class TeacherTraining:
             raise CheckpointError(f"the teacher in {folder} is of another configuration") from error
         for averaged, parameter in zip(self.ema.shadow_params, self.parameters, strict=True):
             averaged.copy_(parameter.detach())
-        steps: int = json.loads((folder / "training.json").read_text(encoding="utf-8"))["steps"]
+        facts = json.loads((folder / "training.json").read_text(encoding="utf-8"))
+        steps: int = facts["steps"]
         # The average has forgotten nothing: it weighs new weights as it did at that step.
         self.ema.optimization_step = steps
         self.first = steps
-        return steps
+        return steps, facts["seconds"]
 
     def averaged_pipeline(self, vae: AutoencoderTiny) -> StableDiffusionPipeline:
         """The pipeline with copies of the averaged weights."""
@@ -242,10 +243,10 @@ def train_teacher(
         if done % SHEET_EVERY == 0:
             sample_sheet(training.averaged_pipeline(vae), folder / f"step-{done:05d}.png")
 
-    first = 0
+    first, seconds = 0, 0.0
     if start is not None and not (folder / CHECKPOINT).exists():
-        first = training.load_exported(start)
-    run(training, folder, config.steps, resume, sample, first=first)
+        first, seconds = training.load_exported(start)
+    run(training, folder, config.steps, resume, sample, first=first, seconds=seconds)
     pipeline = training.averaged_pipeline(vae)
     if process()[0] == 0:
         pipeline.save_pretrained(folder / "pipeline")

@@ -81,11 +81,14 @@ def test_a_teacher_in_training_is_exported_and_goes_on_from_there(pool, tmp_path
     export_weights(tmp_path, tmp_path / "weights", needs_decoder=False)
     shipped = tmp_path / "weights" / "teacher"
     again = training(pool)
-    assert again.load_exported(shipped) == 3
+    steps, seconds = again.load_exported(shipped)
+    assert steps == 3
     for name, value in first.averaged_pipeline(None).unet.state_dict().items():
         torch.testing.assert_close(again.unet.state_dict()[name], value, rtol=1e-3, atol=1e-3)
-    run(again, tmp_path / "on", 5, first=3)
-    assert json.loads((tmp_path / "on" / "training.json").read_text())["steps"] == 5
+    run(again, tmp_path / "on", 5, first=3, seconds=seconds + 100)
+    facts = json.loads((tmp_path / "on" / "training.json").read_text())
+    assert facts["steps"] == 5
+    assert facts["seconds"] >= 100
     with pytest.raises(CheckpointError, match="another configuration"):
         training(pool, replace(TEACHER, channels=(32, 64))).load_exported(shipped)
     with pytest.raises(CheckpointError, match="no training"):
