@@ -10,6 +10,7 @@ import atexit
 import functools
 import importlib.util
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -84,7 +85,32 @@ class PlatformDistribution(Distribution):
         return bool(built()[0])
 
 
-setup(
-    cmdclass={"build_py": BuildWithLibraries, "bdist_wheel": PlatformWheel},
-    distclass=PlatformDistribution,
-)
+def description(readme: str, project: str) -> str:
+    """README as a package index shows it, where links into this folder lead nowhere.
+
+    They lead to the `Repository` among the project's URLs; while pyproject.toml names none,
+    pictures are left out and links are their text.
+    """
+    repository = re.search(r'^Repository = "(.+?)/?"$', project, re.MULTILINE)
+    version = re.search(r'^version = "(.+)"$', project, re.MULTILINE)[1]
+    local = r"(!?)\[([^\]]*)\]\((?!https?:|#)([^)]+)\)"
+
+    def absolute(link: re.Match) -> str:
+        picture, text, path = link.groups()
+        if repository is None:
+            return "" if picture else text
+        kind = "raw" if picture else "blob"
+        return f"{picture}[{text}]({repository[1]}/{kind}/v{version}/{path})"
+
+    return re.sub(local, absolute, readme)
+
+
+if __name__ == "__main__":  # a test imports this file
+    setup(
+        cmdclass={"build_py": BuildWithLibraries, "bdist_wheel": PlatformWheel},
+        distclass=PlatformDistribution,
+        long_description=description(
+            *(Path(name).read_text("utf-8") for name in ("README.md", "pyproject.toml"))
+        ),
+        long_description_content_type="text/markdown",
+    )

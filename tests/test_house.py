@@ -4,6 +4,7 @@ import ast
 import doctest
 import importlib
 import importlib.metadata
+import importlib.util
 import pkgutil
 import re
 import subprocess
@@ -128,3 +129,19 @@ def test_readme_links_exist():
         local = [target for target in targets if not target.startswith("https://")]
         assert local
         assert [target for target in local if not (ROOT / target).exists()] == []
+
+
+def test_a_package_index_gets_links_that_lead_somewhere():
+    spec = importlib.util.spec_from_file_location("tiue_setup", ROOT / "setup.py")
+    setup = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(setup)
+    readme = "![A page](docs/images/page.png) by [a paper](https://arxiv.org), [docs](docs/a.md)."
+    named = 'version = "1.2.0"\n[project.urls]\nRepository = "https://example.org/tiue/"\n'
+    assert setup.description(readme, named) == (
+        "![A page](https://example.org/tiue/raw/v1.2.0/docs/images/page.png) by"
+        " [a paper](https://arxiv.org), [docs](https://example.org/tiue/blob/v1.2.0/docs/a.md)."
+    )
+    unknown = setup.description(readme, 'version = "1.2.0"\n')
+    assert unknown == " by [a paper](https://arxiv.org), docs."
+    own = (ROOT / "README.md").read_text("utf-8"), (ROOT / "pyproject.toml").read_text("utf-8")
+    assert not re.search(r"\]\((?!https?:|#)", setup.description(*own))
