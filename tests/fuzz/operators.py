@@ -28,6 +28,7 @@ class Call:
     tensors: dict[str, torch.Tensor]
     run: Callable[..., Any]
     normed: tuple[torch.Tensor, int, float] | None = None  # what is normed, in groups, epsilon
+    heads: int = 0  # of attention
 
     def on(self, backend: str, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
         """Outputs and gradients by name, the tensors in another type where one is given."""
@@ -170,6 +171,7 @@ def _attention(tensor: Any, size: Any) -> Call:
         lambda query, key, value, bias=None: functional.cross_timestep_attention(
             query, key, value, heads, attention_bias=bias
         ),
+        heads=heads,
     )
 
 
@@ -255,6 +257,32 @@ def _terms(call: Call) -> float:
     return rows * tokens * (largest * max(1.0, query.max().item(), key.max().item())).item()
 
 
+def _kept_output(call: Call, name: str) -> float:
+    """What attention's rounded output leaves in gradients of its scores, at most.
+
+    They hold sum(grad * out) of a query, from the output as it is kept: half a last place of the
+    largest value for each feature of a head. It is multiplied by a key, or by as many queries as
+    the key's weights sum to.
+    """
+    if not call.heads or name not in ("grad of query", "grad of key", "grad of bias"):
+        return 0.0
+    x = {n: tensor.double() for n, tensor in call.tensors.items()}
+    query, key = (x[n].unflatten(2, (call.heads, -1)).transpose(1, 2) for n in ("query", "key"))
+    width = query.shape[-1]
+    scores = query.unflatten(0, (-1, len(key))) @ key.mT / width**0.5  # (K, B, heads, N, M)
+    if "bias" in x:
+        scores = scores + x["bias"][:, None]
+    weights = scores.softmax(-1).nan_to_num().sum((0, 3)).max()
+    times = {
+        "grad of query": key.abs().max() / width**0.5,
+        "grad of key": weights * query.abs().max() / width**0.5,
+        "grad of bias": weights * call.heads,
+    }
+    largest = _finite(x["value"].abs()).max(initial=0.0)
+    half_a_place = torch.finfo(call.tensors["value"].dtype).eps / 2
+    return float(half_a_place * largest * width * times[name])
+
+
 def _moments(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and variance + epsilon of what is normed, by row and group."""
     assert call.normed is not None
@@ -317,6 +345,7 @@ def faults(call: Call, backend: str) -> list[str]:
         allowed = 2 * (rounded - answer)[finite].abs().max().item()
         largest = answer[finite].abs().max().item()
         allowed += (half + single) * max(1e-30, largest) + single * terms
+        allowed += _kept_output(call, name)
         # A mean's last place or two, times a normal weight or a slope.
         times = steepest if name.startswith("grad") else 4.0
         allowed += 2 * torch.finfo(torch.float32).eps * unsteady * times

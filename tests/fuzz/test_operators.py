@@ -36,6 +36,28 @@ def shared_skip(skip: torch.Tensor, answer: float) -> Call:
     return Call("moved", tensors, run, (torch.cat([hidden, skip], 1), 3, 1e-5))
 
 
+def test_gradients_of_scores_may_keep_what_the_rounded_output_leaves_and_no_more():
+    """Values around 5e11 in bfloat16: a query's sum of them is off by 1e9, and slopes cancel."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, noise = (torch.randn(2, 9, 8, generator=generator) for _ in range(3))
+    tensors = {"query": query, "key": key, "value": (noise + 30) * 2.0**34}
+    tensors = {name: x.to(torch.bfloat16) for name, x in tensors.items()}
+
+    def call(slope: float) -> Call:
+        moves = [False, True]  # the other backend is asked first
+
+        def run(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+            moved = slope if query.dtype == torch.bfloat16 and moves.pop() else 0.0
+            with use_backend("reference"):
+                return functional.cross_timestep_attention(query, key, value, 1) + moved * key
+
+        return Call("moved", tensors, run, heads=1)
+
+    assert faults(call(0.0), "reference") == []
+    assert faults(call(1e9), "reference") == []
+    assert faults(call(1e12), "reference") != []
+
+
 def test_a_gradient_that_cancels_may_keep_the_rounding_of_its_terms():
     """Two values of a group: what leaves the norm is -1 and 1 whatever they are."""
     far = torch.tensor([2.5e11, 2.6e11]).view(1, 2, 1, 1)
