@@ -18,7 +18,9 @@ from tests.skips import NeededByCI
 from tiue_kernels import build, cpu, cuda, dispatch
 from tiue_kernels.cpu.library import Library
 
-# A CPU library that lies in the package is for the tests that ask for it (`with_cpu_library`).
+# A CPU library that lies in the package is for the tests that ask for it (`with_cpu_library`);
+# processes that tests start do without it too.
+os.environ["TIUE_CPU"] = "0"
 cpu._library, cpu._why_not, cpu._said = None, "tests ask for it", True
 
 if not torch.cuda.is_available():
@@ -56,7 +58,7 @@ def cpu_library() -> Path:
     try:
         build.find_compiler()
     except build.BuildError as error:
-        pytest.skip(f"the CPU library cannot be built: {error}")
+        pytest.skip(f"no g++ or clang++: the CPU library cannot be built ({error})")
     with one_at_a_time(build.cache_folder()):
         return build.build("cpu", build.cache_folder())
 

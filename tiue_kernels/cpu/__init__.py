@@ -7,6 +7,7 @@ everything works, in plain PyTorch.
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 
 from tiue_kernels import libraries
@@ -44,7 +45,10 @@ def load(path: Path = PATH) -> None:
         _why_not = f"the CPU library was not built: {said}. Then: {CURE}"
 
 
-load()
+if os.environ.get("TIUE_CPU") == "0":  # as at installation
+    _why_not, _said = "the CPU library is left out: TIUE_CPU=0", True
+else:
+    load()
 
 
 def library() -> Library:

@@ -16,8 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tiue_kernels import __version__
-from tiue_kernels.build import CPU_FORMS
+from tiue_kernels import build
 from tiue_kernels.libraries import LibraryError
 
 VARIABLE = "TIUE_CPU_ISA"
@@ -67,8 +66,10 @@ class Library:
             version, widest = dll.tiue_version().decode(), dll.tiue_widest().decode()
         except AttributeError as error:
             raise LibraryError("is of another version of the package") from error
-        if version != __version__:
-            raise LibraryError(f"is of version {version} of the package, and this is {__version__}")
+        if version != build.version():
+            raise LibraryError(
+                f"is of version {version} of the package, and this is {build.version()}"
+            )
         wanted = form or os.environ.get(VARIABLE) or None
         self.form = _choose(wanted, widest)
         self.has_products = self.form != "portable" or wanted is not None
@@ -171,7 +172,7 @@ def tiles_of(height: int, width: int) -> int:
 def _choose(wanted: str | None, widest: str) -> str:
     if wanted is None:
         return widest
-    forms = list(CPU_FORMS)
+    forms = list(build.CPU_FORMS)
     if wanted not in forms:
         raise LibraryError(f"has no form {wanted!r}, which {VARIABLE} asks for: {', '.join(forms)}")
     if forms.index(wanted) > forms.index(widest):

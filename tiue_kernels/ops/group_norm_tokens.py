@@ -4,7 +4,7 @@ import torch
 
 from tiue_kernels.dispatch import ANYWHERE, Capability
 from tiue_kernels.ops._library import declare, statistics_dtype
-from tiue_kernels.reference.group_norm_tokens import group_norm_tokens_fwd
+from tiue_kernels.ops.decomposed_norm import group_norm
 
 
 def _fake(
@@ -15,6 +15,13 @@ def _fake(
     return x.new_empty(rows, height * width, channels), stats
 
 
+def _decomposed(
+    x: torch.Tensor, num_groups: int, weight: torch.Tensor, bias: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    out, stats = group_norm(x.to(statistics_dtype(x.dtype)), num_groups, weight, bias, eps)
+    return out.flatten(2).transpose(1, 2).to(x.dtype), stats
+
+
 forward, backward = declare(
     "group_norm_tokens",
     "(Tensor x, int num_groups, Tensor weight, Tensor bias, float eps)"
@@ -23,5 +30,5 @@ forward, backward = declare(
     " -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)",
     fake=_fake,
     kernels={"triton": Capability(), "reference": ANYWHERE},
-    decomposition=group_norm_tokens_fwd,
+    decomposition=_decomposed,
 )

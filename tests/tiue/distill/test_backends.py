@@ -33,7 +33,8 @@ def test_triton_trains_what_the_reference_trains(make_config, tmp_path, served, 
         weights.append(dict(trainer.unet.named_parameters()))
 
     kernels = ("shared_skip_group_norm_silu", "broadcast_add_group_norm_silu", "noise_kl",
-               "cross_timestep_attention", "geglu", "one_pass_combine")  # fmt: skip
+               "cross_timestep_attention", "geglu", "one_pass_combine",
+               "group_norm_tokens")  # fmt: skip
     assert {name for name, backend in served if backend == "triton"} == set(kernels)
     assert [line["step"] for line in figures[0]] == [1, 2, 3, 4, 5]
     for expected, actual in zip(*figures, strict=True):
