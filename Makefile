@@ -9,8 +9,9 @@ PROMPTS := "red apple" "rocket" "cat face" "sun" "birthday cake" \
            "evergreen tree" "house" "pizza" "red heart" "octopus"
 
 # What a CPU times too; the operators' own benchmarks are part of `gpu`.
-BENCHES := one_pass block train_step pipeline
+BENCHES := one_pass block train_step pipeline transformer
 OPTIONS_train_step := --bench-rounds 2
+OPTIONS_transformer := --bench-rounds 3
 
 .PHONY: demo distill-demo test quick docs lint bench sweep gpu clean kernels
 

@@ -10,13 +10,14 @@ from benchmarks import ceilings as ceilings_of
 from benchmarks import race
 from benchmarks.machine import describe
 from benchmarks.operator_race import FORMS, Case, Race, run_race, tiny_cases
-from testing.configs import CONFIGS
+from testing.configs import CONFIGS, TRANSFORMERS
 from testing.problem import default_device
 
 
 def pytest_addoption(parser):
     group = parser.getgroup("benchmarks")
     group.addoption("--bench-model", choices=sorted(CONFIGS), default="sd15")
+    group.addoption("--bench-transformer", choices=sorted(TRANSFORMERS), default="pixart")
     group.addoption("--bench-latents", type=int, nargs="+", metavar="SIZE")
     group.addoption("--bench-batch", type=int, nargs="+", default=[1], metavar="B")
     group.addoption("--bench-steps", type=int, nargs="+", default=[4], metavar="K")

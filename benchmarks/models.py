@@ -1,4 +1,4 @@
-"""The UNets that benchmarks and their tests run on: published sizes, random weights."""
+"""The UNets and transformers that benchmarks and their tests run on: random weights."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import math
 from typing import Any, TypeVar
 
 import torch
-from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DConditionModel
 
-from testing.configs import CONFIGS, NUM_TOKENS
+from testing.configs import CONFIGS, NUM_TOKENS, TEXT_TOKENS, TRANSFORMERS
+from tiue.dit import TiUEPixArtTransformer2DModel, TiUESD3Transformer2DModel
+from tiue.dit.student import OnePassTransformer
 
 M = TypeVar("M", bound=torch.nn.Module)
 
@@ -99,3 +101,89 @@ def stable_diffusion_scheduler() -> DDIMScheduler:
         set_alpha_to_one=False,
         steps_offset=1,
     )
+
+
+def random_transformer(
+    name: str, device: torch.device, dtype: torch.dtype, border: int | None = None, seed: int = 0
+) -> OnePassTransformer:
+    """Build a student of a published size, as `random_unet` builds a UNet.
+
+    Args:
+        name: A key of `testing.configs.TRANSFORMERS`.
+        device: Where the weights are drawn.
+        dtype: Their type.
+        border: Blocks that run once; by default half.
+        seed: The generator's seed.
+
+    Returns:
+        The student, in evaluation mode and frozen.
+    """
+    student: Any = empty_transformer(name, border)
+    student.to_empty(device=device).to(dtype)
+    generator = torch.Generator(device).manual_seed(seed)
+    for positions in student.buffers():  # sines; any numbers of their size do
+        positions.uniform_(-1, 1, generator=generator)
+    return draw_parameters(student, generator)
+
+
+def empty_transformer(
+    name: str, border: int | None = None, device: str = "meta"
+) -> OnePassTransformer:
+    """A student of a published size, in evaluation mode.
+
+    Args:
+        name: A key of `testing.configs.TRANSFORMERS`.
+        border: Blocks that run once; by default half.
+        device: By default one that holds no data.
+    """
+    student_class: Any = TiUEPixArtTransformer2DModel
+    if name.startswith("sd3"):
+        student_class = TiUESD3Transformer2DModel
+    with torch.device(device):
+        student = student_class(**TRANSFORMERS[name]).eval()
+    student.num_shared_blocks = border or len(student.blocks_list) // 2
+    return student
+
+
+def transformer_inputs(
+    student: OnePassTransformer, name: str, batch: int, seed: int = 1
+) -> dict[str, Any]:
+    """Draw one batch of inputs for a student.
+
+    Args:
+        student: To be fed.
+        name: The key that it was built of.
+        batch: Rows B.
+        seed: Of a CPU generator.
+
+    Returns:
+        `latents`, `prompt_embeds`, and what else its family reads.
+    """
+    model: Any = student
+    config, generator = model.config, torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(model.device, model.dtype)
+
+    size, tokens = config.sample_size, TEXT_TOKENS[name]
+    latents = normal(batch, config.in_channels, size, size)
+    if name.startswith("sd3"):
+        return {
+            "latents": latents,
+            "prompt_embeds": normal(batch, tokens, config.joint_attention_dim),
+            "pooled_projections": normal(batch, config.pooled_projection_dim),
+        }
+    mask = torch.ones(batch, tokens)
+    mask[:, tokens // 2 :] = 0
+    return {
+        "latents": latents,
+        "prompt_embeds": normal(batch, tokens, config.caption_channels),
+        "encoder_attention_mask": mask.to(model.device, model.dtype),
+    }
+
+
+def transformer_scheduler(name: str) -> Any:
+    """The scheduler that a family is published with, of a kind that one pass can take."""
+    if name.startswith("sd3"):
+        return FlowMatchEulerDiscreteScheduler(shift=3.0)
+    return DDIMScheduler(beta_end=0.02, beta_start=0.0001, clip_sample=False, steps_offset=1)

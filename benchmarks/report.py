@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from benchmarks import bench_host, counted, launches, multiply_adds, plots
+from benchmarks import bench_host, counted, launches, multiply_adds, plots, transformer_counts
 from benchmarks import load as serving
 from benchmarks.markdown import seconds, table
 from benchmarks.rivals import FORMS
@@ -89,7 +89,7 @@ def race_rows(result: Result) -> list[list[str]]:
     """Lines of one file: case, form, times and what else was noted."""
     rows = []
     for case, forms in cases(result).items():
-        published = forms.get("published") or _best(forms, "published")
+        published = forms.get("published") or _best(forms, "published") or forms.get("repeated")
         for form, row in forms.items():
             stats, info = row["stats"], row["extra_info"]
             share = ""
@@ -357,6 +357,8 @@ def performance_page(
     ]
     for title, stem in (("Blocks", "bench_block"), ("Training step", "bench_train_step")):
         parts += [f"## {title}", *race_section(results, stem)]
+    parts += ["## Transformers", *transformer_counts.section(counted_folder)]
+    parts += race_section(results, "bench_transformer")
     parts += ["## The embedded model", *pipeline_section(results)]
     parts += ["## Serving", *serving.section(loads or [])]
     parts += ["## GPU", *gpu_section(gpus, folder)]

@@ -211,6 +211,7 @@ def test_architecture_of_a_card() -> None:
 def test_every_operator_has_a_benchmark() -> None:
     files = {path.stem for path in (ROOT / "benchmarks").glob("bench_*.py")}
     levels = {"bench_one_pass", "bench_block", "bench_host", "bench_pipeline", "bench_train_step"}
+    levels |= {"bench_transformer"}
     assert files == {f"bench_{operator}" for operator in OPERATORS} | levels
     grouped = gpu.groups(tuple(OPERATORS))
     assert sorted(member for members in grouped.values() for member in members) == sorted(OPERATORS)

@@ -78,7 +78,7 @@ def test_without_results_every_section_says_so(root: Path) -> None:
     text = page(root)
     for title in (
         *("One pass", "Against K, batch and resolution", "Blocks", "Training step"),
-        *("The embedded model", "GPU", "Where we lose"),
+        *("The embedded model", "Transformers", "GPU", "Where we lose"),
         *("Kernels and bytes on a GPU, without one", "What the host does"),
     ):
         assert report.NOT_MEASURED in section(text, title)
@@ -112,6 +112,20 @@ def test_what_is_counted_stands_beside_what_it_was(root: Path) -> None:
     assert "| tiue | 60.0 ms | 0.75 x |" in hosts
     assert "| geglu | 10 µs |  |  |  |" in hosts
     assert "Before" not in hosts
+
+
+def test_transformers(root: Path) -> None:
+    parts = {"shared": {"linear": 3 * 10**9}, "decoder": {"linear": 8 * 10**9, "attention": 10**9}}
+    entry = {"multiply_adds": parts, "kernels": 1234, "read": 2e9, "written": 1e9}
+    forms = {"repeated": entry | {"saved": 2**30}, "one-step": entry}
+    folder = root / "benchmarks" / "results" / "counted"
+    counted.write_result(folder / "transformers.json", {"models": {"pixart": forms}}, "new")
+    timed = [row("decoder", form, seconds) for form, seconds in (("repeated", 6.0), ("tiue", 5.0))]
+    write(root, "bench_transformer.json", result(*timed))
+    text = section(page(root), "Transformers")
+    assert "| repeated | 3.0 | 9.0 | 12.0 | 1.00 x | 1,234 | 3.00 | 1,024 |" in text
+    assert "| one-step | 3.0 | 9.0 | 12.0 | 1.00 x | 1,234 | 3.00 |  |" in text
+    assert "1.20 x" in line(text, "| decoder, float32 | tiue |")
 
 
 def test_one_pass(root: Path) -> None:
