@@ -50,12 +50,16 @@ def load_student(
 
     student = student or _existing(model, weights / "student")
     dtype = torch_dtype or torch.float32
-    return TiUEPipeline.from_pretrained(
+    pipe = TiUEPipeline.from_pretrained(
         _existing(model, weights / "teacher"),
         unet=TiUEUNet.from_pretrained(student, subfolder="unet", dtype=dtype),
         scheduler=DDIMScheduler.from_pretrained(student, subfolder="scheduler"),
         dtype=dtype,
     )
+    # Else a CPU sorts every map before a convolution and after it: 7.8 ms a picture of a batch of
+    # 16 on one thread, in place of 6.0.
+    pipe.vae.to(memory_format=torch.channels_last)
+    return pipe
 
 
 def load_teacher(

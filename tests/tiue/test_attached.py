@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from diffusers.models.attention import BasicTransformerBlock
 from torch._dynamo.testing import CompileCounter
 
@@ -149,6 +150,40 @@ def test_what_is_attached_changes_no_picture(expected, name: str) -> None:
         assert relative_error(draw(pipe), expected) <= 1e-5
     if name == "patched_blocks":
         assert MergedBlock.calls == 2 * 4  # of a down block, the middle, and two of an up block
+
+
+def hook_elsewhere(pipe: Any) -> None:
+    pipe.enable_model_cpu_offload(device="cpu")
+    for module in pipe.components.values():
+        if hasattr(module, "_hf_hook"):
+            module._hf_hook.execution_device = torch.device("meta")
+
+
+def group_elsewhere(pipe: Any) -> None:
+    ATTACHED["group_offload_leaves"](pipe)
+    for module in pipe.unet.modules():
+        hook = getattr(module, "_diffusers_hook", None)
+        if hook is not None and hook.get_hook("group_offloading") is not None:
+            hook.get_hook("group_offloading").config.onload_device = torch.device("meta")
+
+
+@pytest.mark.parametrize(
+    ("place", "device"),
+    [
+        (lambda _pipe: None, "cpu"),
+        (lambda pipe: pipe.to("meta"), "meta"),
+        (lambda pipe: pipe.unet.to("meta"), "cpu"),
+        (hook_elsewhere, "meta"),
+        (group_elsewhere, "meta"),
+    ],
+    ids=["together", "moved", "split", "hooked", "grouped"],
+)
+def test_a_call_runs_where_diffusers_says(place: Callable[[Any], object], device: str) -> None:
+    """One walk finds it where nothing is attached; else it is diffusers' own answer."""
+    pipe = make()
+    place(pipe)
+    theirs = DiffusionPipeline._execution_device.fget(pipe)
+    assert pipe._execution_device == theirs == torch.device(device)
 
 
 def test_layerwise_casting_computes_in_the_type_of_computation() -> None:

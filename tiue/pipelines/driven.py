@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import json
 import types
 from typing import TYPE_CHECKING, Any
 
+import torch
 from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
 
@@ -30,8 +32,9 @@ class Driven(_Pipeline):
 
     num_decoder_steps: int = 4
     scheduler: Any
-    # Of a copy that a call runs on: what it is a copy of.
+    # Of a copy that a call runs on: what it is a copy of, and where its models run.
     _original: Any = None
+    _device: torch.device | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -55,13 +58,29 @@ class Driven(_Pipeline):
     def _call_on_copy(self, arguments: dict[str, Any], **parts: Any) -> Any:
         """Diffusers' call on a copy with other parts than the pipeline's."""
         run = copy.copy(self)
-        run.__dict__.update(_original=self, **tokenizer_parts(self), **parts)
+        device = self._execution_device
+        run.__dict__.update(_original=self, _device=device, **tokenizer_parts(self), **parts)
         return super(Driven, run).__call__(**arguments)
 
     @property
     def components(self) -> dict[str, Any]:
         """The pipeline's models and the rest that it is made of."""
         return super().components if self._original is None else self._original.components
+
+    @property
+    def _execution_device(self) -> torch.device:
+        """The parent's, looked for once a call.
+
+        It walks through every layer seven times, 1.5 ms of the embedded model's 40; layers without
+        a hook of accelerate or diffusers on one device need one walk.
+        """
+        if self._device is not None:
+            return self._device
+        modules = [part for part in self.components.values() if isinstance(part, torch.nn.Module)]
+        devices = {tensor.device for module in modules for tensor in _first_tensor(module)}
+        if len(devices) != 1 or any(map(_has_hook, modules)):
+            return super()._execution_device
+        return devices.pop()
 
     def to_json_string(self) -> str:
         """The model_index.json of a saved folder, one that plain diffusers loads too.
@@ -115,6 +134,21 @@ def driven(driver: Any, pipe: DiffusionPipeline) -> Any:
     made = cls.__new__(cls)
     vars(made).update(vars(pipe))
     return made
+
+
+def _first_tensor(module: torch.nn.Module) -> list[torch.Tensor]:
+    tensors = itertools.chain(module.parameters(), module.buffers())
+    return list(itertools.islice(tensors, 1))
+
+
+def _has_hook(module: torch.nn.Module) -> bool:
+    layers = [module]
+    while layers:
+        own = vars(layers.pop())
+        if "_hf_hook" in own or "_diffusers_hook" in own:
+            return True
+        layers += [layer for layer in own["_modules"].values() if layer is not None]
+    return False
 
 
 def _unmade(driver: Any, cls: Any) -> Any:

@@ -257,9 +257,10 @@ class OnePass(SafeAdapters, Driven):
             run.__dict__["text_encoder"] = encoder
         with (self._stages or untimed)("text encoder"):
             found = getattr(super(OnePass, run), theirs.__name__)(*bound.args, **bound.kwargs)
+        dtype = self.unet.dtype  # diffusers walks through every layer for it
         if isinstance(found, torch.Tensor):
-            return found.to(self.unet.dtype)
-        return tuple(part if part is None else part.to(self.unet.dtype) for part in found)
+            return found.to(dtype)
+        return tuple(part if part is None else part.to(dtype) for part in found)
 
 
 def _asked_by_from_pipe() -> bool:
