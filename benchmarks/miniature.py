@@ -20,14 +20,14 @@ import typer
 from PIL import Image
 
 from tiue.distill.settings import find_recipe, read_settings
+from tiue.embedded.config import GUIDANCE_SCALE
 from tiue.errors import CheckpointError, InputError
 from tiue.evaluate.evaluation import Evaluation, Settings, evaluate
 from tiue.evaluate.models import OPENMOJI, OPENMOJI_TEACHER, Model, load_model, weights_hash
 from tiue.evaluate.protocol import METRICS, PRESETS
 from tiue.evaluate.result import load_result, save_result
 from tiue.files import write_json
-from tiue.openmoji.config import GUIDANCE_SCALE
-from tiue.terminal import OneLineErrors
+from tiue.terminal import command_group
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "miniature"
@@ -307,10 +307,7 @@ def load_results() -> dict[str, list[dict[str, Any]]]:
     return {name: results for name, results in found.items() if results}
 
 
-app = typer.Typer(
-    cls=OneLineErrors, no_args_is_help=True, add_completion=False, help=__doc__,
-    pretty_exceptions_show_locals=False,
-)  # fmt: skip
+app = command_group(__doc__)
 Names = Annotated[list[str] | None, typer.Argument(help="Rows; by default all that can be.")]
 
 

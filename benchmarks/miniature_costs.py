@@ -13,9 +13,10 @@ from diffusers import DDIMScheduler, UNet2DConditionModel
 from benchmarks.machine import describe
 from benchmarks.multiply_adds import Counter
 from tiue import OnePassSchedule, TiUEUNet
+from tiue.embedded.config import LATENT_CHANNELS, LATENT_SIZE
 from tiue.errors import CheckpointError
 from tiue.openmoji import WEIGHTS
-from tiue.openmoji.config import LATENT_CHANNELS, LATENT_SIZE, MAX_PROMPT_TOKENS
+from tiue.openmoji.config import MAX_PROMPT_TOKENS
 
 if TYPE_CHECKING:
     from benchmarks.miniature import Row

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tiue.embedded.config import GUIDANCE_SCALE, TEACHER_STEPS
 from tiue.evaluate.prompts import draw_prompts
 from tiue.openmoji import load_openmoji, load_openmoji_teacher
-from tiue.openmoji.config import GUIDANCE_SCALE, TEACHER_STEPS
 
 PROMPTS = 64
 

@@ -16,7 +16,7 @@ from tiue.errors import InputError
 from tiue.evaluate.command import compare_command, evaluate_command
 from tiue.generate.command import check_writable, generate_command
 from tiue.serve.command import serve_command
-from tiue.terminal import OneLineErrors, say
+from tiue.terminal import command_group, say
 
 # torch, diffusers and transformers take seconds to import: the commands import them, so that
 # --help and usage errors come at once.
@@ -28,13 +28,9 @@ if TYPE_CHECKING:
 _VERSIONS = ("tiue", "torch", "diffusers", "transformers", "safetensors", "peft", "triton")
 
 
-app = typer.Typer(
-    cls=OneLineErrors,
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_show_locals=False,
-    help="Text to image in one pass: the UNet's encoder runs once, its decoder for all timesteps"
-    " at once.",
+app = command_group(
+    "Text to image in one pass: the UNet's encoder runs once, its decoder for all timesteps"
+    " at once."
 )
 
 

@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -77,10 +77,15 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
             beside.unlink(missing_ok=True)
 
 
+def write_lines(path: Path, lines: Sequence[str]) -> None:
+    """Write text, whole or not at all."""
+    text = "".join(f"{line}\n" for line in lines)
+    write_file(path, lambda beside: beside.write_text(text, encoding="utf-8"))
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write indented JSON, whole or not at all."""
-    text = json.dumps(content, indent=2) + "\n"
-    write_file(path, lambda beside: beside.write_text(text, encoding="utf-8"))
+    write_lines(path, [json.dumps(content, indent=2)])
 
 
 def append_line(path: Path, content: Any) -> None:

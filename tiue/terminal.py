@@ -38,6 +38,21 @@ class OneLineErrors(TyperGroup):
             raise typer.Exit(1) from error
 
 
+def command_group(help: str | None = None) -> typer.Typer:
+    """A group of commands that end in one line when they fail.
+
+    Args:
+        help: What the group is for, shown where no command is given; None for a single command.
+    """
+    return typer.Typer(
+        cls=OneLineErrors,
+        help=help,
+        no_args_is_help=help is not None,
+        add_completion=False,
+        pretty_exceptions_show_locals=False,
+    )
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory ran out, on a CPU or a GPU.
 

@@ -258,7 +258,7 @@ class Evaluation:
             return None
         guidance_scale = settings.guidance_scale
         if self.scenes is not None and settings.num_inference_steps and guidance_scale is None:
-            from tiue.scenes.config import GUIDANCE_SCALE
+            from tiue.embedded.config import GUIDANCE_SCALE
 
             guidance_scale = GUIDANCE_SCALE
         return load_model(

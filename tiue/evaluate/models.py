@@ -95,7 +95,7 @@ def load_model(
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
     from tiue import TiUEPipeline, TiUEUNet, openmoji, scenes
-    from tiue.openmoji.config import GUIDANCE_SCALE, TEACHER_STEPS
+    from tiue.embedded.config import GUIDANCE_SCALE, TEACHER_STEPS
 
     teachers = {
         OPENMOJI_TEACHER: openmoji.load_openmoji_teacher,

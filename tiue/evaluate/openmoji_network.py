@@ -6,18 +6,14 @@ ships with the package (a few hundred kB), so that figures of two machines are o
 
 from __future__ import annotations
 
-import json
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from tiue.errors import CheckpointError
-from tiue.files import write_file
+from tiue.embedded import networks
 
 WEIGHTS = Path(__file__).parent / "weights" / "openmoji-features.safetensors"
 WIDTHS = (24, 48, 96, 96)
@@ -81,26 +77,8 @@ def load_network(path: Path = WEIGHTS) -> tuple[OpenMojiFeatures, dict[str, Any]
     Raises:
         CheckpointError: The file is missing or of another network.
     """
-    network = OpenMojiFeatures()
-    try:
-        with safe_open(path, framework="pt") as file:
-            state = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
-            facts = json.loads(file.metadata()["facts"])
-        network.load_state_dict(state)
-    except (OSError, SafetensorError, KeyError, TypeError, RuntimeError, ValueError) as error:
-        raise CheckpointError(
-            f"cannot load the feature network {path} ({error}): install the whole package, or make"
-            " it with `python -m tiue.evaluate.openmoji_training`"
-        ) from error
-    return network.eval().requires_grad_(False), facts
-
-
-def save_network(network: OpenMojiFeatures, facts: dict[str, Any], path: Path = WEIGHTS) -> None:
-    """Write the network in float16, whole or not at all, with what is known of it."""
-    tensors = {name: value.half().contiguous() for name, value in network.state_dict().items()}
-    metadata = {"facts": json.dumps(facts)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_file(path, lambda beside: save_file(tensors, beside, metadata=metadata))
+    network, command = OpenMojiFeatures(), "python -m tiue.evaluate.openmoji_training"
+    return network, networks.load_network(network, path, "the feature network", command)
 
 
 @cache

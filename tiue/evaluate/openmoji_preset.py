@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from tiue.embedded.autoencoder import to_model_range
+from tiue.embedded.config import IMAGE_SIZE
 from tiue.errors import DependencyError, InputError
 from tiue.evaluate.openmoji_network import WEIGHTS, WIDTHS, encode_names, load_network
 from tiue.files import sha256
-from tiue.openmoji.autoencoder import to_model_range
-from tiue.openmoji.config import IMAGE_SIZE
 
 if TYPE_CHECKING:
     from tiue.openmoji.data import Pictures

@@ -16,17 +16,19 @@ import typer
 from torch import Tensor, nn
 from tqdm import trange
 
-from tiue.evaluate.openmoji_network import WEIGHTS, OpenMojiFeatures, encode_names, save_network
-from tiue.openmoji.autoencoder import to_model_range
+from tiue.embedded.autoencoder import to_model_range
+from tiue.embedded.commands import Work
+from tiue.embedded.loop import cosine_rate, set_rate, step_generator
+from tiue.embedded.networks import save_network
+from tiue.evaluate.openmoji_network import WEIGHTS, OpenMojiFeatures, encode_names
 from tiue.openmoji.data import Pictures, load_pictures
-from tiue.openmoji.loop import cosine_rate, set_rate, step_generator
-from tiue.openmoji.train import DEFAULT_WORK, Work, pictures_file
-from tiue.terminal import OneLineErrors
+from tiue.openmoji.train import DEFAULT_WORK, pictures_file
+from tiue.terminal import command_group
 
 LEARNING_RATE = 3e-3
 BATCH_SIZE = 128
 
-app = typer.Typer(cls=OneLineErrors, add_completion=False, pretty_exceptions_show_locals=False)
+app = command_group()
 
 
 def augment(pictures: Tensor, generator: torch.Generator) -> Tensor:

@@ -14,13 +14,13 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from tiue.embedded.config import DECODER_STEPS, GUIDANCE_SCALE, TEACHER_STEPS
 from tiue.evaluate.evaluation import Settings, evaluate
 from tiue.evaluate.models import load_model
 from tiue.evaluate.protocol import PRESETS
 from tiue.files import write_json
 from tiue.scenes import WEIGHTS
-from tiue.scenes.config import DECODER_STEPS, GUIDANCE_SCALE, TEACHER_STEPS
-from tiue.terminal import OneLineErrors
+from tiue.terminal import command_group
 
 SPLIT = "exact, held out"  # of `tiue evaluate --preset scenes`
 LEAST_OF_TEACHER = 0.85  # of the ceiling
@@ -91,7 +91,7 @@ def _share(splits: dict[str, Any]) -> float:
     return share
 
 
-app = typer.Typer(cls=OneLineErrors, add_completion=False, pretty_exceptions_show_locals=False)
+app = command_group()
 
 
 @app.command()

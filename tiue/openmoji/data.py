@@ -14,9 +14,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from tiue.embedded.config import IMAGE_SIZE
 from tiue.errors import InputError
-from tiue.files import write_file
-from tiue.openmoji.config import IMAGE_SIZE
+from tiue.files import write_file, write_lines
 
 SKIN_TONES = range(0x1F3FB, 0x1F3FF + 1)
 REGIONAL_INDICATORS = range(0x1F1E6, 0x1F1FF + 1)
@@ -161,8 +161,7 @@ def load_pictures(cache: Path) -> Pictures:
 
 def write_prompts(pictures: Pictures, path: Path) -> None:
     """Writes the distinct prompts and aliases to a text file, one a line, for distillation."""
-    lines = sorted({*pictures.prompts, *pictures.aliases})
-    write_file(path, lambda beside: beside.write_text("\n".join(lines) + "\n", encoding="utf-8"))
+    write_lines(path, sorted({*pictures.prompts, *pictures.aliases}))
 
 
 def _require_packages(*names: str) -> None:

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tiue.openmoji.config import DECODER_STEPS, GUIDANCE_SCALE, TEACHER_STEPS, TEN_PROMPTS
-from tiue.terminal import OneLineErrors
+from tiue.embedded.config import DECODER_STEPS, GUIDANCE_SCALE, TEACHER_STEPS
+from tiue.openmoji.config import TEN_PROMPTS
+from tiue.terminal import command_group
 
 if TYPE_CHECKING:
     from PIL import Image
 
-app = typer.Typer(cls=OneLineErrors, add_completion=False, pretty_exceptions_show_locals=False)
+app = command_group()
 
 _ROWS = ("one pass, before", "one pass, after", f"teacher, {TEACHER_STEPS} steps")
 

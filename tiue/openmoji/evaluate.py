@@ -14,13 +14,15 @@ import torch
 import typer
 from torch import nn
 
+from tiue.embedded.commands import Work
+from tiue.embedded.config import GUIDANCE_SCALE, TEACHER_STEPS
 from tiue.errors import CheckpointError, InputError
 from tiue.files import write_file, write_json
 from tiue.openmoji import WEIGHTS, load_openmoji, load_openmoji_teacher
-from tiue.openmoji.config import GUIDANCE_SCALE, TEACHER_STEPS, TEN_PROMPTS
+from tiue.openmoji.config import TEN_PROMPTS
 from tiue.openmoji.data import Pictures, load_pictures
-from tiue.openmoji.train import DEFAULT_WORK, Work, pictures_file
-from tiue.terminal import OneLineErrors
+from tiue.openmoji.train import DEFAULT_WORK, pictures_file
+from tiue.terminal import command_group
 
 FEATURES = "RGB, averaged to 32 x 32, Euclidean distance"
 CARD = Path(__file__).parent / "MODEL_CARD.md"
@@ -28,13 +30,7 @@ RESULTS = Path(__file__).parent / "results"
 BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
 BATCH = 50
 
-app = typer.Typer(
-    cls=OneLineErrors,
-    help="Look at and measure the OpenMoji model.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_show_locals=False,
-)
+app = command_group("Look at and measure the OpenMoji model.")
 
 # Prompts and one seed for each, to pictures [B, 3, 64, 64] in uint8.
 Draw = Callable[[list[str], list[int]], torch.Tensor]
@@ -182,7 +178,7 @@ def load_reconstruction(pictures: Pictures, weights: Path = WEIGHTS) -> Draw:
     """Loads the autoencoder as a function that passes the prompted pictures through it."""
     from diffusers import AutoencoderTiny
 
-    from tiue.openmoji.autoencoder import to_model_range
+    from tiue.embedded.autoencoder import to_model_range
 
     vae = AutoencoderTiny.from_pretrained(weights / "teacher", subfolder="vae").float().eval()
 

@@ -4,14 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tiue.openmoji import config as openmoji
+from tiue.embedded import config as embedded
 
-IMAGE_SIZE = 64
 MAX_PROMPT_TOKENS = 24  # the longest prompt of the grammar has 22
-
-TEACHER_STEPS = 25
-GUIDANCE_SCALE = 2.5
-DECODER_STEPS = 4  # K of the shipped student
 
 # Told apart at 18 pixels, by colour or by outline. Name -> OpenMoji's file stem.
 CATEGORIES: dict[str, dict[str, str]] = {
@@ -100,7 +95,7 @@ TEN_PROMPTS = (
 
 
 @dataclass(frozen=True)
-class AutoencoderConfig(openmoji.AutoencoderConfig):
+class AutoencoderConfig(embedded.AutoencoderConfig):
     """The OpenMoji model's AutoencoderTiny, trained on with scenes: 64 x 64 to 16 x 8 x 8."""
 
     steps: int = 6000
@@ -108,29 +103,21 @@ class AutoencoderConfig(openmoji.AutoencoderConfig):
     pool: int = 8192
 
 
-@dataclass(frozen=True)
-class TeacherConfig:
-    """The latent diffusion teacher, in Stable Diffusion's own terms: UNet and text encoder."""
+@dataclass(frozen=True, kw_only=True)
+class TeacherConfig(embedded.TeacherConfig):
+    """The teacher of the scenes, in Stable Diffusion's own terms."""
 
     steps: int = 20_000
     batch_size: int = 32
     learning_rate: float = 8e-4
-    warmup_steps: int = 200
     # The rate is constant and falls over the last fifth: a training that is taken up again with
     # more steps has lost nothing to a schedule that was made for fewer.
     decay_share: float = 0.2
-    prompt_drop: float = 0.1
     ema_decay: float = 0.999
     channels: tuple[int, ...] = (96, 160)
-    head_size: int = 32
     text_width: int = 160
-    text_layers: int = 2
     text_heads: int = 5
     text_feed_forward: int = 480
     # Pictures rendered, and encoded once: half of the time of a step else. The prompts and which
     # of a picture's facts they name are drawn anew at every step.
     pool: int = 65536
-    # Matrix products and convolutions in bfloat16: 0.38 s an update instead of 0.53, one core of
-    # an AMD EPYC with AVX512-BF16. Slower on a CPU without such instructions.
-    bf16: bool = False
-    seed: int = 0

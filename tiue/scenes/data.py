@@ -13,9 +13,9 @@ from diffusers import AutoencoderTiny
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from tiue.files import write_file
-from tiue.openmoji.autoencoder import encode_pictures
-from tiue.scenes.grammar import Request, weaken
+from tiue.embedded.autoencoder import encode_pictures
+from tiue.files import write_file, write_lines
+from tiue.scenes.grammar import Request, draw_request, weaken
 from tiue.scenes.scene import pixels, training_scenes
 
 
@@ -86,6 +86,12 @@ def load_latents(cache: Path, pool: ScenePool, vae: AutoencoderTiny) -> torch.Te
     digest.update(repr(vae.config.scaling_factor).encode())
     kind = {"sha256": digest.hexdigest()}
     return _cached(cache, kind, lambda: encode_pictures(vae, pool).half())
+
+
+def write_prompts(path: Path, count: int = 20_000, seed: int = 0) -> None:
+    """Writes prompts of the grammar to a text file, one a line, nothing held out among them."""
+    generator = random.Random(seed)
+    write_lines(path, [str(draw_request(generator)) for _ in range(count)])
 
 
 def _cached(cache: Path, kind: dict[str, str], make: Callable[[], torch.Tensor]) -> torch.Tensor:

@@ -6,20 +6,18 @@ are: `tiue.scenes.judge_training` measures them and writes them beside the weigh
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from tiue.errors import CheckpointError, InputError
-from tiue.files import write_file
-from tiue.openmoji.autoencoder import to_model_range
-from tiue.scenes.config import GROUNDS, IMAGE_SIZE, OBJECTS, SIZES
+from tiue.embedded.autoencoder import to_model_range
+from tiue.embedded.config import IMAGE_SIZE
+from tiue.embedded.networks import load_network
+from tiue.errors import InputError
+from tiue.scenes.config import GROUNDS, OBJECTS, SIZES
 
 WEIGHTS = Path(__file__).parent / "weights" / "judge.safetensors"
 STRIDE = 4  # pixels a cell
@@ -217,27 +215,4 @@ def load_judge(path: Path = WEIGHTS) -> tuple[Judge, dict[str, Any]]:
         CheckpointError: the file is missing or of another network.
     """
     judge = Judge()
-    try:
-        with safe_open(path, framework="pt") as file:
-            state = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
-            facts = json.loads(file.metadata()["facts"])
-        missing, unknown = judge.load_state_dict(state, strict=False)
-        if unknown or any("num_batches_tracked" not in name for name in missing):
-            raise KeyError("weights of another network")
-    except (OSError, SafetensorError, KeyError, TypeError, RuntimeError, ValueError) as error:
-        raise CheckpointError(
-            f"cannot load the judge {path} ({error}): install the whole package, or make it with"
-            " `python -m tiue.scenes.train judge`"
-        ) from error
-    return judge.eval().requires_grad_(False), facts
-
-
-def save_judge(judge: Judge, facts: dict[str, Any], path: Path = WEIGHTS) -> None:
-    """Write the judge in float16, whole or not at all, with what is known of it."""
-    tensors = {
-        name: value.half().contiguous()
-        for name, value in judge.state_dict().items()
-        if value.is_floating_point()
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_file(path, lambda beside: save_file(tensors, beside, {"facts": json.dumps(facts)}))
+    return judge, load_network(judge, path, "the judge", "python -m tiue.scenes.train judge")

@@ -13,10 +13,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from tiue.embedded.autoencoder import load_autoencoder, to_model_range
+from tiue.embedded.config import IMAGE_SIZE
+from tiue.embedded.loop import cosine_rate, run, set_rate, step_generator
+from tiue.embedded.networks import save_network
 from tiue.files import sha256, write_file
-from tiue.openmoji.autoencoder import load_autoencoder, to_model_range
-from tiue.openmoji.loop import cosine_rate, run, set_rate, step_generator
-from tiue.scenes.config import IMAGE_SIZE, OBJECTS
+from tiue.scenes.config import OBJECTS
 from tiue.scenes.grammar import Noun, Request
 from tiue.scenes.judge import (
     GROUND_NAMES,
@@ -29,7 +31,6 @@ from tiue.scenes.judge import (
     decode,
     load_judge,
     look_at,
-    save_judge,
 )
 from tiue.scenes.scene import Scene, draw_scene, pixels, relation_of
 
@@ -398,8 +399,8 @@ def train_judge(
     training = JudgeTraining(passed, config)
     run(training, folder, config.steps, resume)
     facts: dict[str, Any] = {"steps": config.steps, "seed": config.seed}
-    save_judge(training.judge, facts, output)
+    save_network(training.judge, facts, output)
     judge, _ = load_judge(output)  # measured as it ships, in float16
     facts |= measure(judge, vae)
-    save_judge(judge, facts, output)
+    save_network(judge, facts, output)
     return facts

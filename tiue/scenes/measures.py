@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tiue.scenes.config import IMAGE_SIZE
+from tiue.embedded.config import IMAGE_SIZE
 from tiue.scenes.grammar import Request
 from tiue.scenes.judge import Finding, Found
 from tiue.scenes.scene import Scene, relation_of

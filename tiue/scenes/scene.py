@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from tiue.embedded.config import IMAGE_SIZE
 from tiue.errors import InputError
-from tiue.scenes.config import CATEGORIES, GROUNDS, IMAGE_SIZE, OBJECTS, SIZES
+from tiue.scenes.config import CATEGORIES, GROUNDS, OBJECTS, SIZES
 from tiue.scenes.grammar import COUNT_SHARES, Noun, Request, is_held_out
 
 SPRITE_SIZE = 48

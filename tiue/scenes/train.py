@@ -7,34 +7,28 @@ from typing import Annotated
 
 import typer
 
-from tiue.openmoji.config import DecoderConfig
-from tiue.scenes.config import DECODER_STEPS, AutoencoderConfig, TeacherConfig
-from tiue.terminal import OneLineErrors
+from tiue.embedded.commands import DecoderSteps, RecipeSteps, Resume, Seed, Steps, Weights, Work
+from tiue.embedded.config import DECODER_STEPS, DecoderConfig
+from tiue.scenes.config import AutoencoderConfig, TeacherConfig
+from tiue.terminal import command_group
 
-app = typer.Typer(
-    cls=OneLineErrors,
-    help="Make the scenes model: autoencoder, decoder, teacher, student, export, in this order.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_show_locals=False,
+app = command_group(
+    "Make the scenes model: autoencoder, decoder, teacher, student, export, in this order."
 )
 
 DEFAULT_WORK = Path("runs/scenes")
-Work = Annotated[Path, typer.Option(help="Where pictures, checkpoints and results go.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")]
-Seed = Annotated[int, typer.Option(min=0, help="Seed of everything that is drawn.")]
 
 
 @app.command()
 def autoencoder(
     work: Work = DEFAULT_WORK,
-    steps: Annotated[int, typer.Option(min=1, help="Updates.")] = AutoencoderConfig.steps,
+    steps: Steps = AutoencoderConfig.steps,
     seed: Seed = AutoencoderConfig.seed,
     resume: Resume = False,
 ) -> None:
     """Train the OpenMoji model's autoencoder on, for scenes."""
+    from tiue.embedded.autoencoder import train_autoencoder
     from tiue.openmoji import load_openmoji
-    from tiue.openmoji.autoencoder import train_autoencoder
     from tiue.scenes.data import load_pool
 
     config = AutoencoderConfig(steps=steps, seed=seed)
@@ -46,12 +40,12 @@ def autoencoder(
 @app.command()
 def decoder(
     work: Work = DEFAULT_WORK,
-    steps: Annotated[int, typer.Option(min=1, help="Updates.")] = DecoderConfig.steps,
+    steps: Steps = DecoderConfig.steps,
     seed: Seed = DecoderConfig.seed,
     resume: Resume = False,
 ) -> None:
     """Train the autoencoder's decoder on, latents fixed; may run beside the teacher."""
-    from tiue.openmoji.autoencoder import train_decoder
+    from tiue.embedded.autoencoder import train_decoder
     from tiue.scenes.data import load_pool
 
     pool = load_pool(work / "autoencoder.safetensors", AutoencoderConfig.pool, 1)
@@ -62,7 +56,7 @@ def decoder(
 @app.command()
 def teacher(
     work: Work = DEFAULT_WORK,
-    steps: Annotated[int, typer.Option(min=1, help="Updates.")] = TeacherConfig.steps,
+    steps: Steps = TeacherConfig.steps,
     seed: Seed = TeacherConfig.seed,
     resume: Resume = False,
     bf16: Annotated[
@@ -75,15 +69,12 @@ def teacher(
 
     On several cores: torchrun --nproc-per-node 2 -m tiue.scenes.train teacher
     """
-    from torch import distributed
-
+    from tiue.embedded.loop import join_processes
     from tiue.scenes import WEIGHTS
     from tiue.scenes.data import load_pool
     from tiue.scenes.teacher import train_teacher
 
-    if distributed.is_torchelastic_launched():
-        distributed.init_process_group("gloo")
-
+    join_processes()
     config = TeacherConfig(steps=steps, seed=seed, bf16=bf16)
     pool = load_pool(work / "teacher.safetensors", config.pool, seed)
     shipped = WEIGHTS / "teacher"
@@ -106,12 +97,8 @@ def average(work: Work = DEFAULT_WORK) -> None:
 @app.command()
 def student(
     work: Work = DEFAULT_WORK,
-    num_decoder_steps: Annotated[
-        int, typer.Option("--num-decoder-steps", "-k", min=1, help="Decoder timesteps K.")
-    ] = DECODER_STEPS,
-    steps: Annotated[
-        int | None, typer.Option(min=1, help="Updates; by default the recipe's.")
-    ] = None,
+    num_decoder_steps: DecoderSteps = DECODER_STEPS,
+    steps: RecipeSteps = None,
     seed: Seed = 0,
     resume: Resume = False,
 ) -> None:
@@ -119,21 +106,17 @@ def student(
 
     The teacher is the work folder's, or the shipped one where that has none.
     """
-    from tiue.scenes.student import train_student
+    from tiue.embedded.student import train_student
+    from tiue.scenes.data import write_prompts
 
-    given = {} if steps is None else {"steps": steps}
-    train_student(work, num_decoder_steps, resume, seed=seed, **given)
+    write_prompts(work / "prompts.txt")
+    train_student("scenes", work, num_decoder_steps, resume, steps, seed=seed)
 
 
 @app.command()
-def export(
-    work: Work = DEFAULT_WORK,
-    output: Annotated[
-        Path | None, typer.Option(help="By default the weights folder of this package.")
-    ] = None,
-) -> None:
+def export(work: Work = DEFAULT_WORK, output: Weights = None) -> None:
     """Write teacher and student, those that are trained, as float16 diffusers folders."""
-    from tiue.openmoji.export import export_weights
+    from tiue.embedded.export import export_weights
     from tiue.scenes import WEIGHTS
 
     export_weights(work, output or WEIGHTS, needs_decoder=False)
@@ -142,7 +125,7 @@ def export(
 @app.command()
 def judge(
     work: Work = DEFAULT_WORK,
-    steps: Annotated[int, typer.Option(min=1, help="Updates.")] = 1000,
+    steps: Steps = 1000,
     seed: Seed = 0,
     resume: Resume = False,
     output: Annotated[

@@ -129,8 +129,8 @@ def load_engine(
     from diffusers import DiffusionPipeline
 
     from tiue.embedded import load_teacher, weights_folder
+    from tiue.embedded.config import GUIDANCE_SCALE, TEACHER_STEPS
     from tiue.generate.loading import load
-    from tiue.openmoji.config import GUIDANCE_SCALE, TEACHER_STEPS
     from tiue.serve.engine import Engine
 
     place = find_device(device)

@@ -1,6 +1,7 @@
 """The stages' configurations at a size that trains in a moment."""
 
-from tiue.openmoji.config import AutoencoderConfig, DecoderConfig, TeacherConfig
+from tiue.embedded.config import AutoencoderConfig, DecoderConfig
+from tiue.openmoji.config import TeacherConfig
 
 AUTOENCODER = AutoencoderConfig(
     steps=6,

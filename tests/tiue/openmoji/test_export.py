@@ -9,12 +9,13 @@ from safetensors.torch import load_file
 
 from tests.tiue.openmoji.configs import AUTOENCODER, DECODER, TEACHER
 from tiue.distill import load_config
+from tiue.embedded.autoencoder import train_autoencoder, train_decoder
+from tiue.embedded.export import export_weights, student_folder
+from tiue.embedded.student import train_student
 from tiue.errors import CheckpointError
 from tiue.openmoji import load_openmoji, load_openmoji_teacher
-from tiue.openmoji.autoencoder import train_autoencoder, train_decoder
-from tiue.openmoji.export import export_weights
-from tiue.openmoji.student import student_folder, train_student
-from tiue.openmoji.teacher import build_scheduler, build_unet, train_teacher
+from tiue.openmoji.data import write_prompts
+from tiue.openmoji.teacher import TeacherTraining, train_teacher
 
 
 @pytest.fixture
@@ -26,8 +27,8 @@ def work(pictures, tmp_path):
     teacher = replace(TEACHER, steps=1)
     train_teacher(pictures, folder / "autoencoder", folder / "teacher", teacher)
     torch.manual_seed(1)
-    build_unet(TEACHER).save_pretrained(student_folder(folder, 4) / "unet")
-    build_scheduler().save_pretrained(student_folder(folder, 4) / "scheduler")
+    TeacherTraining.build_unet(TEACHER).save_pretrained(student_folder(folder, 4) / "unet")
+    TeacherTraining.build_scheduler().save_pretrained(student_folder(folder, 4) / "scheduler")
     return folder
 
 
@@ -92,8 +93,8 @@ def test_missing_weights_name_the_command(tmp_path):
 
 def test_a_student_alone_is_exported_and_the_teacher_stays(tmp_path):
     work, weights = tmp_path / "work", tmp_path / "weights"
-    build_unet(TEACHER).save_pretrained(student_folder(work, 4) / "unet")
-    build_scheduler().save_pretrained(student_folder(work, 4) / "scheduler")
+    TeacherTraining.build_unet(TEACHER).save_pretrained(student_folder(work, 4) / "unet")
+    TeacherTraining.build_scheduler().save_pretrained(student_folder(work, 4) / "scheduler")
     (weights / "teacher").mkdir(parents=True)
     (weights / "teacher" / "stays").touch()
     export_weights(work, weights)
@@ -104,7 +105,8 @@ def test_a_student_alone_is_exported_and_the_teacher_stays(tmp_path):
 def test_a_student_is_distilled_from_the_shipped_teacher_where_there_is_no_other(
     pictures, tmp_path
 ):
-    folder = train_student(pictures, tmp_path, 1, steps=1, batch_size=1, trackers=())
+    write_prompts(pictures, tmp_path / "prompts.txt")
+    folder = train_student("openmoji", tmp_path, 1, steps=1, batch_size=1, trackers=())
     assert load_config(folder / "config.yaml").teacher == "openmoji"
     assert (folder / "unet").is_dir()
 

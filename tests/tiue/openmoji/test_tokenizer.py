@@ -1,13 +1,13 @@
 import pytest
 from transformers import AutoTokenizer, CLIPTokenizer
 
+from tiue.embedded.teacher import tokenize, train_tokenizer
 from tiue.openmoji.config import MAX_PROMPT_TOKENS, TEN_PROMPTS
-from tiue.openmoji.teacher import tokenize, train_tokenizer
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return train_tokenizer(list(TEN_PROMPTS), 560)
+    return train_tokenizer(list(TEN_PROMPTS), 560, MAX_PROMPT_TOKENS)
 
 
 @pytest.mark.parametrize("loader", [CLIPTokenizer, AutoTokenizer])
@@ -41,6 +41,6 @@ def test_learned_words_are_shorter_than_unknown_ones(tokenizer):
 
 def test_training_again_gives_the_same_tokenizer(tokenizer):
     for _ in range(5):
-        again = train_tokenizer(list(TEN_PROMPTS), 560)
+        again = train_tokenizer(list(TEN_PROMPTS), 560, MAX_PROMPT_TOKENS)
         assert again.get_vocab() == tokenizer.get_vocab()
         assert again.backend_tokenizer.to_str() == tokenizer.backend_tokenizer.to_str()

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from tests.tiue.openmoji.configs import AUTOENCODER, DECODER, TEACHER
-from tiue.errors import CheckpointError
-from tiue.openmoji.autoencoder import (
+from tiue.embedded.autoencoder import (
     AutoencoderTraining,
     DecoderTraining,
     build_autoencoder,
@@ -15,8 +14,11 @@ from tiue.openmoji.autoencoder import (
     load_autoencoder,
     train_autoencoder,
 )
-from tiue.openmoji.loop import run
-from tiue.openmoji.teacher import TeacherTraining, stratified_timesteps, train_tokenizer
+from tiue.embedded.loop import run
+from tiue.embedded.teacher import stratified_timesteps, train_tokenizer
+from tiue.errors import CheckpointError
+from tiue.openmoji.config import MAX_PROMPT_TOKENS
+from tiue.openmoji.teacher import TeacherTraining
 
 
 def autoencoder_stage(pictures):
@@ -29,7 +31,7 @@ def decoder_stage(pictures):
 
 
 def teacher_stage(pictures, config=TEACHER):
-    tokenizer = train_tokenizer(pictures.prompts, config.vocabulary)
+    tokenizer = train_tokenizer(pictures.prompts, config.vocabulary, MAX_PROMPT_TOKENS)
     generator = torch.Generator().manual_seed(1)
     # one colour a picture: learned in a moment
     latents = torch.randn(len(pictures), 16, 1, 1, generator=generator).expand(-1, -1, 8, 8)
@@ -111,7 +113,7 @@ def test_timesteps_are_one_from_each_of_equally_likely_parts():
 def test_prompts_are_dropped_and_swapped_for_aliases_as_often_as_configured(pictures):
     training = teacher_stage(pictures)
     pizza = pictures.prompts.index("pizza")
-    ids = training.batch_ids(torch.full((2000,), pizza), torch.Generator().manual_seed(0))
+    ids = training.draw_prompts(torch.full((2000,), pizza), torch.Generator().manual_seed(0))
     share = {
         name: (ids == row).all(1).float().mean().item()
         for name, row in (

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from tiue.embedded.networks import save_network
 from tiue.errors import CheckpointError, InputError
 from tiue.scenes.config import OBJECTS
 from tiue.scenes.grammar import Noun, Request
@@ -20,7 +21,6 @@ from tiue.scenes.judge import (
     load_judge,
     look_at,
     pooled,
-    save_judge,
 )
 from tiue.scenes.judge_training import (
     JudgeConfig,
@@ -125,7 +125,7 @@ def test_training_goes_on_where_it_stopped():
 def test_weights_are_kept_in_float16(tmp_path):
     torch.manual_seed(0)
     judge = Judge().eval()
-    save_judge(judge, {"steps": 3}, tmp_path / "judge.safetensors")
+    save_network(judge, {"steps": 3}, tmp_path / "judge.safetensors")
     loaded, facts = load_judge(tmp_path / "judge.safetensors")
     assert facts == {"steps": 3}
     assert (tmp_path / "judge.safetensors").stat().st_size < 700_000

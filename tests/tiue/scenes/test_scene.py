@@ -7,8 +7,9 @@ from itertools import combinations
 import numpy as np
 import pytest
 
+from tiue.embedded.config import IMAGE_SIZE
 from tiue.errors import InputError
-from tiue.scenes.config import CATEGORIES, GROUNDS, IMAGE_SIZE, SIZES
+from tiue.scenes.config import CATEGORIES, GROUNDS, SIZES
 from tiue.scenes.grammar import Noun, Request, draw_request, held_out_pairs, is_held_out
 from tiue.scenes.scene import MARGIN, Placed, Scene, compose, draw_scene, pixels, training_scenes
 

@@ -7,17 +7,16 @@ from dataclasses import replace
 import pytest
 import torch
 
+from tiue.embedded.autoencoder import build_autoencoder
+from tiue.embedded.config import AutoencoderConfig
+from tiue.embedded.export import export_weights
+from tiue.embedded.loop import decaying_rate, run
 from tiue.errors import CheckpointError
-from tiue.openmoji.autoencoder import build_autoencoder
-from tiue.openmoji.config import AutoencoderConfig
-from tiue.openmoji.export import export_weights
-from tiue.openmoji.loop import decaying_rate, run
 from tiue.scenes import load_scenes_teacher
 from tiue.scenes.config import MAX_PROMPT_TOKENS, TeacherConfig
-from tiue.scenes.data import load_latents, load_pool
+from tiue.scenes.data import load_latents, load_pool, write_prompts
 from tiue.scenes.grammar import draw_request
-from tiue.scenes.student import write_prompts
-from tiue.scenes.teacher import TeacherTraining, build_scheduler, save_averaged
+from tiue.scenes.teacher import TeacherTraining, save_averaged
 from tiue.schedule import OnePassSchedule
 
 TEACHER = TeacherConfig(
@@ -111,7 +110,7 @@ def test_the_rate_stays_and_falls_at_the_end():
 
 
 def test_the_schedule_is_stable_diffusions():
-    schedule = OnePassSchedule.from_scheduler(build_scheduler(), 4)
+    schedule = OnePassSchedule.from_scheduler(TeacherTraining.build_scheduler(), 4)
     assert schedule.timesteps.tolist() == [751, 501, 251, 1]
     assert schedule.latent_coefficient == pytest.approx(4.2346, abs=1e-4)
     assert schedule.prediction_type == "epsilon"

@@ -22,7 +22,7 @@ def weights_folder(name: str) -> Path:
     Args:
         name: one of `EMBEDDED`.
     """
-    return Path(__file__).parent / name / "weights"
+    return Path(__file__).parents[1] / name / "weights"
 
 
 def load_student(

@@ -9,9 +9,9 @@ import torch
 from diffusers import AutoencoderTiny
 from torch import nn
 
+from tiue.embedded.config import LATENT_CHANNELS, AutoencoderConfig, DecoderConfig
+from tiue.embedded.loop import cosine_rate, run, set_rate, step_generator
 from tiue.errors import CheckpointError
-from tiue.openmoji.config import LATENT_CHANNELS, AutoencoderConfig, DecoderConfig
-from tiue.openmoji.loop import cosine_rate, run, set_rate, step_generator
 
 
 class PictureSet(Protocol):

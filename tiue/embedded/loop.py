@@ -58,6 +58,12 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
         group["lr"] = rate
 
 
+def join_processes() -> None:
+    """Joins the other processes of the stage, where torchrun started several."""
+    if distributed.is_torchelastic_launched():
+        distributed.init_process_group("gloo")
+
+
 def process() -> tuple[int, int]:
     """The number of this process and how many there are (1 outside of torchrun)."""
     if not distributed.is_initialized():

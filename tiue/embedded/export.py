@@ -9,10 +9,14 @@ from pathlib import Path
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 
+from tiue.embedded.autoencoder import load_autoencoder
+from tiue.embedded.config import DECODER_STEPS
 from tiue.errors import CheckpointError
-from tiue.openmoji.autoencoder import load_autoencoder
-from tiue.openmoji.config import DECODER_STEPS
-from tiue.openmoji.student import student_folder
+
+
+def student_folder(work: Path, num_decoder_steps: int) -> Path:
+    """The folder of the student with K decoder timesteps inside the work folder."""
+    return work / f"student-k{num_decoder_steps}"
 
 
 def export_weights(work: Path, output: Path, needs_decoder: bool = True) -> None:
