@@ -56,8 +56,9 @@ inline void transform_taps_backward(const float* const in[kInput], float* const 
 }
 
 // One channel of one row of a gradient, y [H, W], to its 36 planes [tiles of the row].
-inline void output_channel_backward(const float* y, const Map& map, float* out, Memory& memory) {
-  const int64_t columns = map.tiles_x(), width = kTile * columns, plane = map.tiles_y() * columns;
+inline void output_channel_backward(const float* y, const Map& map, float* out, int64_t plane,
+                                    Memory& memory) {
+  const int64_t columns = map.tiles_x(), width = kTile * columns;
   // Rows of the map, zeros where tiles stick out, taken apart into the four columns of a tile.
   float* line = memory.take_zeros(width + (kTile * kTile + kInput * kTile) * columns);
   float* apart = line + width;                        // [4][4][columns]
@@ -162,14 +163,53 @@ inline void weight_channels_backward(const float* in, int64_t plane, int64_t n, 
   }
 }
 
+// Every channel of every row of x [R, C, H, W] to 36 planes [C, tiles].
+// transform(channel, map, planes, memory) writes the 36 planes [tiles of the row] of one.
+template <class Transform>
+inline void transform_channels(const float* x, const Map& map, float* out, Transform transform) {
+  const int64_t of_row = map.tiles_y() * map.tiles_x();
+  parallel_for(map.rows * map.channels, [&](int64_t begin, int64_t end) {
+    Memory memory;
+    for (int64_t index = begin; index < end; ++index) {
+      const int64_t row = index / map.channels, channel = index % map.channels;
+      transform(x + index * map.height * map.width, map, out + channel * map.tiles() + row * of_row,
+                map.channels * map.tiles(), memory);
+    }
+  });
+}
+
 }  // namespace
+
+// x [rows, channels, height, width] -> out [36, channels, tiles of all rows].
+TIUE_FUNCTION(void, winograd_input)
+(const float* x, int64_t rows, int64_t channels, int64_t height, int64_t width, float* out) {
+  const Map map{rows, channels, height, width};
+  transform_channels(
+      x, map, out, [](const float* from, const Map& of, float* to, int64_t plane, Memory& memory) {
+        const InputStrip transform(of, memory);
+        for (int64_t ty = 0; ty < of.tiles_y(); ++ty)
+          transform(from, ty, to + ty * of.tiles_x(), plane);
+      });
+}
+
+// weight [outputs, channels, 3, 3], outputs `stride` apart -> out [36, outputs, channels].
+TIUE_FUNCTION(void, winograd_weight)
+(const float* weight, int64_t stride, int64_t outputs, int64_t channels, float* out) {
+  parallel_for(outputs, [&](int64_t begin, int64_t end) {
+    for (int64_t o = begin; o < end; ++o) {
+      for (int64_t c = 0; c < channels; c += kChannels) {
+        weight_channels(weight + o * stride + c * 9, least(kChannels, channels - c),
+                        out + o * channels + c, outputs * channels);
+      }
+    }
+  });
+}
 
 // grad_out [rows, channels, height, width] -> out [36, channels, tiles of all rows].
 TIUE_FUNCTION(void, winograd_output_backward)
 (const float* grad_out, int64_t rows, int64_t channels, int64_t height, int64_t width, float* out) {
   const Map map{rows, channels, height, width};
-  transform_channels(grad_out, map, Inputs{out, channels, map.tiles(), false},
-                     output_channel_backward);
+  transform_channels(grad_out, map, out, output_channel_backward);
 }
 
 // grads [36, some, tiles of some rows] -> those rows of grad_x [.., channels, height, width], the

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 
 from tiue_kernels.cpu import winograd
 from tiue_kernels.layout import convolved_format, like
-from tiue_kernels.recording import is_recording
 from tiue_kernels.reference import conv2d as reference
 
 # 4 rows of 4 x 4: 20 ms as a matrix product, 56 ms as a convolution, which sorts its weight first.
@@ -28,9 +27,7 @@ def conv2d_fwd(
     padding: list[int],
     start: int,
 ) -> torch.Tensor:
-    # A weight in training will be another when it is asked for again.
-    keep = not (weight.requires_grad and is_recording())
-    out = winograd.conv2d(x, weight, bias, padding, start, keep)
+    out = winograd.conv2d(x, weight, bias, padding, start)
     if out is not None:
         return out
     rows, channels, height, width = x.shape

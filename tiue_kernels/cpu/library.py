@@ -21,23 +21,22 @@ from tiue_kernels.libraries import LibraryError
 
 VARIABLE = "TIUE_CPU_ISA"
 POINTS = 36  # products of a tile of Winograd's F(4 x 4, 3 x 3)
-PANEL = 16  # columns of a panel (csrc/cpu/product.h)
+PANEL = 16  # tiles of a panel (csrc/cpu/product.h)
 
 _P, _N = c_void_p, c_int64
 # Arguments by function; what csrc/cpu says of each.
 _ARGUMENTS = {
-    "winograd_input": [_P, *5 * [_N], _P],
-    "winograd_product": [_P, _P, *3 * [_N], _P],
-    "winograd_output": [_P, *2 * [_N], _P, *4 * [_N], _P],
+    "winograd_panels": [_P, *5 * [_N], _P],
+    "winograd_forward": [_P, *3 * [_N], _P, _P, *4 * [_N], _P],
+    "winograd_input": [_P, *4 * [_N], _P],
     "winograd_weight": [_P, *3 * [_N], _P],
-    "winograd_fingerprint": [_P, *3 * [_N]],
     "winograd_output_backward": [_P, *4 * [_N], _P],
     "winograd_input_backward": [_P, *6 * [_N], _P],
     "winograd_weight_backward": [_P, *3 * [_N], _P],
     "attention_memory": [_N, _N],
     "attention": [*3 * [_P, _N, _N], *6 * [_N], c_double, *3 * [_P]],
 }
-_RESULTS = {"winograd_fingerprint": _N, "attention_memory": _N}
+_RESULTS = {"attention_memory": _N}
 
 
 class Library:
@@ -80,42 +79,44 @@ class Library:
             self._functions[name] = function
         dll.tiue_use_threads(_torchs_loop())
 
-    def winograd_input(self, x: Tensor, panels: bool) -> Tensor:
-        """x [R, C, H, W] -> [36, C, tiles], or [36, panels, C, 16] for `winograd_product`."""
-        rows, channels, height, width = x.shape
-        tiles = rows * tiles_of(height, width)
-        shape = (-(-tiles // PANEL), channels, PANEL) if panels else (channels, tiles)
-        # The last panel's lanes without a tile are read, and what is made of them is not.
-        out = x.new_empty(POINTS, *shape)
-        self._run("winograd_input", x, rows, channels, height, width, panels, out)
+    def winograd_panels(self, x: Tensor, first: int, strips: int) -> Tensor:
+        """Strips (rows of tiles) of x [R, C, H, W], all maps' in turn -> [36, C, panels of 16].
+
+        160 channels at a time are [panels, channels, 16], for `winograd_forward`.
+        """
+        _, channels, height, width = x.shape
+        panels = -(-strips * tiles_along(width) // PANEL)
+        out = x.new_empty(POINTS, channels, panels * PANEL)
+        self._run("winograd_panels", x, channels, height, width, first, strips, out)
         return out
 
-    def winograd_product(self, weights: Tensor, panels: Tensor, tiles: int) -> Tensor:
-        """weights [36, n, C], panels [36, panels, C, 16] of some tiles -> [36, n, tiles]."""
-        _, outputs, depth = weights.shape
-        out = weights.new_empty(POINTS, outputs, tiles)
-        self._run("winograd_product", weights, panels, outputs, depth, tiles, out)
-        return out
-
-    def winograd_output(
-        self, products: Tensor, bias: Tensor | None, out: Tensor, first_row: int, first: int
+    def winograd_forward(
+        self,
+        weight: Tensor,
+        start: int,
+        panels: Tensor,
+        bias: Tensor | None,
+        first: int,
+        strips: int,
+        out: Tensor,
     ) -> None:
-        """products [36, n, tiles of r rows] and bias [C] -> r rows and n channels of out."""
-        _, channels, height, width = out.shape
-        rows = products.shape[2] // tiles_of(height, width)
-        some = products.shape[1]
-        sizes = (channels, height, width, first)
-        self._run("winograd_output", products, rows, some, bias, *sizes, out[first_row:])
+        """`winograd_panels` by weight[:, start : start + C] plus bias -> the strips of out."""
+        _, outputs, height, width = out.shape
+        part, place = weight[:, start:], (height, width, first, strips)
+        sizes = (weight.stride(0), outputs, panels.shape[1])
+        self._run("winograd_forward", part, *sizes, panels, bias, *place, out)
+
+    def winograd_input(self, x: Tensor) -> Tensor:
+        """x [R, C, H, W] -> [36, C, tiles]."""
+        rows, channels, height, width = x.shape
+        out = x.new_empty(POINTS, channels, rows * tiles_of(height, width))
+        self._run("winograd_input", x, rows, channels, height, width, out)
+        return out
 
     def winograd_weight(self, weight: Tensor, start: int, first: int, out: Tensor) -> None:
         """weight[first : first + n, start : start + C] -> out [36, n, C]."""
         part = weight[first:, start:]
         self._run("winograd_weight", part, weight.stride(0), *out.shape[1:], out)
-
-    def winograd_fingerprint(self, weight: Tensor, start: int, channels: int) -> int:
-        """64 bits of the contents of weight[:, start : start + channels]."""
-        part, outputs = weight[:, start:], len(weight)
-        return self._run("winograd_fingerprint", part, weight.stride(0), outputs, channels)
 
     def winograd_output_backward(self, grad_out: Tensor) -> Tensor:
         """grad_out [R, C, H, W] -> [36, C, tiles]."""
@@ -166,7 +167,12 @@ class Library:
 
 def tiles_of(height: int, width: int) -> int:
     """Tiles of 4 x 4 outputs of one row of a map."""
-    return -(-height // 4) * -(-width // 4)
+    return tiles_along(height) * tiles_along(width)
+
+
+def tiles_along(size: int) -> int:
+    """Tiles of 4 outputs along an axis."""
+    return -(-size // 4)
 
 
 def _choose(wanted: str | None, widest: str) -> str:

@@ -3,7 +3,9 @@
 A tile of 4 x 4 outputs takes 36 multiplications a pair of channels instead of 144; so do its
 gradients, by the transposes of the same transforms. Sums are of the same numbers in another order
 and with factors up to 8, so float32 results differ from torch's by some 5e-5 where outputs are of
-unit size. Needs the compiled transforms (`tiue_kernels.cpu`). Times below: two CPU cores.
+unit size. Needs the compiled library (`tiue_kernels.cpu`). No transformed weight is kept: it would
+be four times the weight, and to read it takes as long as to read the weight and transform it where
+it is multiplied (csrc/cpu/winograd.cpp). Times below: two CPU cores where no CPU time is named.
 """
 
 from __future__ import annotations
@@ -13,21 +15,20 @@ from collections.abc import Iterator
 import torch
 
 from tiue_kernels import cpu
-from tiue_kernels.cpu import winograd_weights
-from tiue_kernels.cpu.library import POINTS, tiles_of
+from tiue_kernels.cpu.library import POINTS, tiles_along, tiles_of
 
-# Tiles from which a convolution gains though its weight is transformed anew, and with it kept.
-LEAST_TILES = 16
-LEAST_TILES_KEPT = 8
+# Tiles from which a convolution gains: 1280 channels of 2 rows of 8 x 8, 8 tiles, take 35 ms of CPU
+# time and 48 as a matrix product; of one row 35 and 27.
+LEAST_TILES = 8
 # And from which its gradients do: both of 1280 channels take 186 ms directly and as long here at 4
 # rows of 8 x 8, 16 tiles; 662 and 283 ms at 4 rows of 16 x 16, 64 tiles.
 LEAST_TILES_BACKWARD = 64
-# Of transformed inputs, or weights, at a time. Above 32 MiB malloc hands out fresh pages at every
-# call: 640 channels of 2 rows of 64 x 64 took 42 ms in one piece of 47 MB.
-MOST_BYTES = 24 << 20
-# Up to so many tiles our own products are faster than MKL's: 1280 channels of 4 rows of 8 x 8 take
-# 18 ms against 31, of 16 x 16 54 ms against 62. Of more they are as fast, and panels fill slowly.
-MOST_PANEL_TILES = 64
+# Of transformed inputs at a time. They are read from the L3 cache, once for 32 outputs: 320
+# channels of 4 rows of 64 x 64 take 117 ms of CPU time with 12 MiB, 133 with 24 and 143 with 48.
+MOST_BYTES = 12 << 20
+# Of a gradient's, or weights, at a time. Above 32 MiB malloc hands out fresh pages at every call:
+# 640 channels of 2 rows of 64 x 64 took 42 ms in one piece of 47 MB.
+BACKWARD_BYTES = 24 << 20
 # The transforms cost as much as they save under these.
 LEAST_CHANNELS = 64
 
@@ -38,7 +39,6 @@ def conv2d(
     bias: torch.Tensor | None,
     padding: list[int],
     start: int = 0,
-    keep: bool = True,
 ) -> torch.Tensor | None:
     """conv2d(x, weight[:, start : start + C], bias) with padding 1, or None where it gains nothing.
 
@@ -48,7 +48,6 @@ def conv2d(
         bias: [C_out].
         padding: anything but 1 is not served.
         start: the input channel of the weight that the first channel of x meets.
-        keep: the weight will be asked for again as it is, so that keeping it transformed may pay.
 
     Returns:
         [rows, C_out, H, W].
@@ -56,27 +55,16 @@ def conv2d(
     if not serves(x, weight, bias, padding):
         return None
     rows, channels, height, width = x.shape
-    tiles = tiles_of(height, width)
-    if rows * tiles < LEAST_TILES_KEPT:
+    strips, columns = rows * tiles_along(height), tiles_along(width)
+    if strips * columns < LEAST_TILES:
         return None
-    transformed = None
-    if keep:
-        transformed = winograd_weights.cache.get(weight, start, channels)
-    else:
-        winograd_weights.cache.forget(weight, start, channels)
-    if transformed is None and rows * tiles < LEAST_TILES:
-        return None
+    weight = weight.detach()
     out = x.new_empty(rows, weight.shape[0], height, width)
-    inputs = ((row, _Inputs(some)) for row, some in _rows(x, POINTS * channels * tiles))
-    if transformed is not None:
-        for row, some in inputs:
-            cpu.library().winograd_output(some.products(transformed), bias, out, row, 0)
-        return out
-    kept = list(inputs)
-    for first, part in _parts(len(weight), channels, like=weight):
-        cpu.library().winograd_weight(weight.detach(), start, first, part)
-        for row, some in kept:
-            cpu.library().winograd_output(some.products(part), bias, out, row, first)
+    some = max(1, MOST_BYTES // (POINTS * channels * columns * x.element_size()))
+    for first in range(0, strips, some):
+        n = min(some, strips - first)
+        panels = cpu.library().winograd_panels(x, first, n)
+        cpu.library().winograd_forward(weight, start, panels, bias, first, n, out)
     return out
 
 
@@ -122,7 +110,7 @@ def conv2d_backward(
     else:
         if grad_weight is None:
             grad_weight = x.new_empty(len(weight), channels, 3, 3)
-        inputs = [cpu.library().winograd_input(some, False) for _, some in _rows(x, numel)]
+        inputs = [cpu.library().winograd_input(some) for _, some in _rows(x, numel)]
         for first, part in _parts(len(weight), channels, like=x):
             outputs = slice(first, first + part.shape[1])
             for (row, grad), values in zip(grads, inputs, strict=True):
@@ -134,8 +122,8 @@ def conv2d_backward(
 
 
 def _rows(x: torch.Tensor, numel: int) -> Iterator[tuple[int, torch.Tensor]]:
-    """As many rows at a time as have MOST_BYTES when each is transformed to so many elements."""
-    step = max(1, MOST_BYTES // (numel * x.element_size()))
+    """As many rows at a time as have BACKWARD_BYTES when each is transformed to `numel`."""
+    step = max(1, BACKWARD_BYTES // (numel * x.element_size()))
     yield from ((row, x[row : row + step]) for row in range(0, len(x), step))
 
 
@@ -145,31 +133,11 @@ def _parts(channels: int, others: int, like: torch.Tensor) -> Iterator[tuple[int
     In one buffer: what is made of a weight stays in the CPU's cache, and new pages would cost more
     than the transform (1280 x 1280: 21 against 108 ms).
     """
-    step = max(32, MOST_BYTES // (POINTS * others * like.element_size()))
+    step = max(32, BACKWARD_BYTES // (POINTS * others * like.element_size()))
     buffer = like.new_empty(POINTS * others * min(step, channels))
     for first in range(0, channels, step):
         n = min(step, channels - first)
         yield first, buffer[: POINTS * n * others].view(POINTS, n, others)
-
-
-class _Inputs:
-    """Transformed rows of a map, in the layout that their products read.
-
-    Args:
-        x: [rows, C, H, W].
-    """
-
-    def __init__(self, x: torch.Tensor) -> None:
-        rows, _, height, width = x.shape
-        self._tiles = rows * tiles_of(height, width)
-        self._panels = self._tiles <= MOST_PANEL_TILES and cpu.has_products()
-        self._values = cpu.library().winograd_input(x, self._panels)
-
-    def products(self, weights: torch.Tensor) -> torch.Tensor:
-        """Weights [36, n, C] -> [36, n, tiles]."""
-        if self._panels:
-            return cpu.library().winograd_product(weights, self._values, self._tiles)
-        return torch.bmm(weights, self._values)
 
 
 def serves_backward(x: torch.Tensor, weight: torch.Tensor, padding: list[int]) -> bool:
