@@ -1,7 +1,7 @@
 """The K steps of a deterministic diffusers scheduler as one linear map of latents and outputs."""
 
 import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -37,6 +37,10 @@ class OnePassSchedule:
     prediction_type: str
     init_noise_sigma: float
     model_input_scale: float
+    # Of `on`: the last device's copy, by device and by how often the tensors were written to.
+    _copies: dict[tuple[Any, ...], "OnePassSchedule"] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     @classmethod
     def from_scheduler(
@@ -204,12 +208,12 @@ class OnePassSchedule:
         if any(tensor.is_inference() for tensor in tensors):  # these count no versions
             return self.copied(device)
         key = (device, *(tensor._version for tensor in tensors))
-        copies: dict[tuple[Any, ...], OnePassSchedule] = vars(self).setdefault("_copies", {})
-        found = copies.get(key)
+        found = self._copies.get(key)
         if found is None:
             with torch.inference_mode(False):  # what is kept may be trained with
                 found = self.copied(device)
-            vars(self)["_copies"] = {key: found}  # in one step, beside calls in other threads
+            self._copies.clear()
+            self._copies[key] = found
         return found
 
     def copied(self, device: torch.device) -> "OnePassSchedule":
