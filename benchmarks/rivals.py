@@ -24,6 +24,7 @@ from benchmarks.race import Case
 from testing import published_form
 from tiue import OnePassSchedule, TiUEUNet
 from tiue.compiled import GraphedCall
+from tiue.compiled.openvino import own_signal_stack
 from tiue_kernels import cpu, use_backend
 from tiue_kernels.nn import fuse
 
@@ -186,7 +187,8 @@ def _published_openvino(setting: Setting) -> Rival:
         "INFERENCE_PRECISION_HINT": "f32",
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
     }
-    request = openvino.compile_model(model, "CPU", options).create_infer_request()
+    with own_signal_stack():
+        request = openvino.compile_model(model, "CPU", options).create_infer_request()
     arrays = [tensor.numpy() for tensor in _flat(setting.inputs)]
 
     @torch.no_grad()

@@ -1,5 +1,6 @@
 """OpenVINO against eager: the same latents, and none that are stale."""
 
+import ctypes
 import logging
 import sys
 
@@ -11,6 +12,7 @@ from tests.golden import load_golden, requires_golden
 from tests.tiue.tiny import tiny_scheduler
 from tests.tiue.unets import TEXT, make_unet
 from tiue import OnePassSchedule, TiUEUNet
+from tiue.compiled.openvino import Stack
 from tiue.errors import DependencyError, InputError
 
 SCHEDULE = OnePassSchedule.from_scheduler(tiny_scheduler(), 2)
@@ -57,6 +59,22 @@ def test_weights_that_change_in_any_way_are_noticed() -> None:
     with torch.no_grad():
         unet.conv_out.bias += 1
     check()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="sigaltstack as Linux lays it out")
+def test_signal_handlers_keep_their_stack() -> None:
+    pytest.importorskip("openvino")
+
+    def stack() -> tuple:
+        found = Stack()
+        ctypes.CDLL(None).sigaltstack(None, ctypes.byref(found))
+        return found.at, found.flags, found.size
+
+    before = stack()
+    compiled = student().compile_one_pass("openvino")
+    compiled(*inputs())
+    assert len(compiled) == 1
+    assert stack() == before
 
 
 def test_one_dynamic_model_serves_batches_and_sizes() -> None:
