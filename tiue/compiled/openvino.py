@@ -52,8 +52,8 @@ class Stack(ctypes.Structure):
 def own_signal_stack() -> Iterator[None]:
     """The thread keeps the stack that its signal handlers run on, which Python's do.
 
-    Compiling a model leaves one of 11 KiB that may go with the model (OpenVINO 2026.4.1, an AMD EPYC
-    with AVX-512): the next SIGINT or SIGTERM ended the process in a segmentation fault.
+    Compiling a model leaves one of 11 KiB that may go with the model (OpenVINO 2026.4.1, an AMD
+    EPYC with AVX-512): the next SIGINT or SIGTERM ended the process in a segmentation fault.
     """
     if not sys.platform.startswith("linux"):
         yield
