@@ -70,9 +70,14 @@ def cpu_form() -> str | None:
 
 
 @pytest.fixture
-def with_cpu_library(cpu_library, cpu_form, monkeypatch) -> Iterator[None]:
+def loaded_cpu_library(cpu_library, cpu_form) -> Library:
+    return Library(cpu_library, cpu_form)
+
+
+@pytest.fixture
+def with_cpu_library(loaded_cpu_library, monkeypatch) -> Iterator[None]:
     """For one test: others hold float32 to bounds that torch's own convolutions keep."""
-    monkeypatch.setattr(cpu, "_library", Library(cpu_library, cpu_form))
+    monkeypatch.setattr(cpu, "_library", loaded_cpu_library)
     monkeypatch.setattr(cpu, "_why_not", None)
     dispatch.reset()
     yield
