@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from testing.tolerances import EXACT_RELATIVE, relative_error
 from tiue_kernels import functional
-from tiue_kernels.cpu.conv2d import MOST_PIXELS
+from tiue_kernels.cpu.conv2d import LEAST_BYTES, MOST_PIXELS
 from tiue_kernels.ops.geglu_feed_forward import CHUNK
 from tiue_kernels.ops.upsample_conv2d import LEAST_PIXELS
 
@@ -90,8 +90,11 @@ def test_geglu_feed_forward() -> None:
 
 @pytest.mark.parametrize("size", [3, 16])
 @pytest.mark.parametrize(("kernel", "padding"), [(3, 1), (3, 0), (1, 0), (3, (2, 1))])
-def test_conv2d(kernel: int, padding: int | tuple[int, int], size: int) -> None:
-    # 2 rows of 3 x 3 are few pixels, 2 rows of 16 x 16 are not.
+def test_conv2d(
+    kernel: int, padding: int | tuple[int, int], size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # 2 rows of 3 x 3 are few pixels, 2 rows of 16 x 16 are not; a small weight is no product.
+    monkeypatch.setattr("tiue_kernels.cpu.conv2d.LEAST_BYTES", 0)
     assert (2 * size * size <= MOST_PIXELS) == (size == 3)
     check(
         lambda x, w, b: (functional.conv2d(x, w, b, padding),),
@@ -102,10 +105,14 @@ def test_conv2d(kernel: int, padding: int | tuple[int, int], size: int) -> None:
     )
 
 
+@pytest.mark.parametrize("least_bytes", [0, LEAST_BYTES], ids=["product", "convolution"])
 @pytest.mark.parametrize("skip_channels", [0, 5])
 @pytest.mark.parametrize("kernel", [1, 3])
-def test_split_conv2d(kernel: int, skip_channels: int) -> None:
+def test_split_conv2d(
+    kernel: int, skip_channels: int, least_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     padding = kernel // 2
+    monkeypatch.setattr("tiue_kernels.cpu.conv2d.LEAST_BYTES", least_bytes)
 
     def actual(hidden, skip, weight, bias) -> Tensors:
         rows, shared = functional.split_conv2d(hidden, skip, weight, bias, padding)
@@ -211,7 +218,6 @@ def test_upsample_conv2d(size: tuple[int, int]) -> None:
 @torch.no_grad()
 def test_slices_in_reused_memory_are_fresh_at_every_call(memory_format) -> None:
     hidden, skip = noise(2, 6, 17, 17), noise(1, 5, 17, 17)
-    assert skip[:, 0].numel() > MOST_PIXELS  # not as a matrix product, which copies nothing
     for seed in range(3):
         for width in (7, 3):  # a smaller slice in the larger buffer
             weight = noise(width, 11, 3, 3, seed=seed).contiguous(memory_format=memory_format)
