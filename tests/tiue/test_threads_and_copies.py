@@ -1,5 +1,6 @@
 """One pipeline in several threads, and copies of one: each call answers as it does alone."""
 
+import contextlib
 import copy
 import pickle
 import threading
@@ -8,7 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
+from tests.tiue.test_attached import group_offload
 from tests.tiue.test_lora import add_lora
+from tests.tiue.test_one_pass_pipelines import gligen, pag
 from tests.tiue.tiny import tiny_pipeline
 from tiue import TiUEPipeline, one_pass
 
@@ -56,6 +59,68 @@ def test_loras_at_different_scales_in_threads():
     assert not torch.equal(want[0], want[-1])
     for got, alone in zip(in_threads(pipe, calls), want, strict=True):
         assert torch.equal(got, alone)
+
+
+def cast_layers():
+    pipe = tiny_pipeline()
+    pipe.unet.enable_layerwise_casting(torch.bfloat16, torch.float32)
+    return pipe, {}
+
+
+def offloaded_leaves():
+    pipe = tiny_pipeline()
+    group_offload("leaf")(pipe)
+    return pipe, {}
+
+
+CHANGED_BY_CALLS = {
+    "layerwise_casting": cast_layers,
+    "group_offload": offloaded_leaves,
+    "pag": lambda: pag(["mid"]),
+    "gligen": gligen,
+}
+
+
+def most_at_once(pipe, arguments) -> int:
+    """How many of two calls, begun together, are inside of the UNet at a time."""
+    inside, most, other = [], [], threading.Barrier(2)
+
+    def enter(*_):
+        inside.append(1)
+        most.append(len(inside))
+        with contextlib.suppress(threading.BrokenBarrierError):
+            other.wait(0.5)  # for the other call, if it can come
+        inside.pop()
+
+    handle = pipe.unet.register_forward_pre_hook(enter)
+    try:
+        in_threads(pipe, [arguments | {"seed": 0}, arguments | {"seed": 1}])
+    finally:
+        handle.remove()
+    return max(most)
+
+
+@pytest.mark.parametrize("name", CHANGED_BY_CALLS)
+def test_calls_that_change_the_models_wait_for_each_other(name):
+    pipe, arguments = CHANGED_BY_CALLS[name]()
+    assert most_at_once(one_pass(pipe), arguments) == 1
+
+
+def test_calls_that_change_nothing_run_side_by_side():
+    assert most_at_once(one_pass(tiny_pipeline()), {}) == 2
+
+
+def test_a_call_that_ends_in_an_error_leaves_no_processor_behind():
+    pipe, arguments = pag(["mid"])
+    drawn = one_pass(pipe)
+    before = drawn.unet.attn_processors
+
+    def fail(*_):
+        raise RuntimeError("of the callback")
+
+    with pytest.raises(RuntimeError, match="of the callback"):
+        draw(drawn, callback_on_step_end=fail, **arguments)
+    assert drawn.unet.attn_processors == before
 
 
 @pytest.mark.parametrize("make", [TiUEPipeline.from_pipe, one_pass], ids=["class", "one_pass"])

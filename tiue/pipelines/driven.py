@@ -14,7 +14,7 @@ from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
 
 from tiue.pipelines import inputs
-from tiue.pipelines.parts import tokenizer_parts
+from tiue.pipelines.parts import has_hook, tokenizer_parts
 
 # To a type checker a pipeline; in truth what is driven comes after it in the order of classes.
 _Pipeline: Any = DiffusionPipeline if TYPE_CHECKING else object
@@ -58,8 +58,9 @@ class Driven(_Pipeline):
     def _call_on_copy(self, arguments: dict[str, Any], **parts: Any) -> Any:
         """Diffusers' call on a copy with other parts than the pipeline's."""
         run = copy.copy(self)
-        device = self._execution_device
-        run.__dict__.update(_original=self, _device=device, **tokenizer_parts(self), **parts)
+        run.__dict__.update(_original=self, **tokenizer_parts(self), **parts)
+        if run._device is None:
+            run._device = self._execution_device
         return super(Driven, run).__call__(**arguments)
 
     @property
@@ -76,11 +77,14 @@ class Driven(_Pipeline):
         """
         if self._device is not None:
             return self._device
-        modules = [part for part in self.components.values() if isinstance(part, torch.nn.Module)]
+        modules = self._models()
         devices = {tensor.device for module in modules for tensor in _first_tensor(module)}
-        if len(devices) != 1 or any(map(_has_hook, modules)):
+        if len(devices) != 1 or any(map(has_hook, modules)):
             return super()._execution_device
         return devices.pop()
+
+    def _models(self) -> list[torch.nn.Module]:
+        return [part for part in self.components.values() if isinstance(part, torch.nn.Module)]
 
     def to_json_string(self) -> str:
         """The model_index.json of a saved folder, one that plain diffusers loads too.
@@ -139,16 +143,6 @@ def driven(driver: Any, pipe: DiffusionPipeline) -> Any:
 def _first_tensor(module: torch.nn.Module) -> list[torch.Tensor]:
     tensors = itertools.chain(module.parameters(), module.buffers())
     return list(itertools.islice(tensors, 1))
-
-
-def _has_hook(module: torch.nn.Module) -> bool:
-    layers = [module]
-    while layers:
-        own = vars(layers.pop())
-        if "_hf_hook" in own or "_diffusers_hook" in own:
-            return True
-        layers += [layer for layer in own["_modules"].values() if layer is not None]
-    return False
 
 
 def _unmade(driver: Any, cls: Any) -> Any:

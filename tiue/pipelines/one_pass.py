@@ -173,10 +173,12 @@ class OnePass(SafeAdapters, Driven):
         to_pixels = arguments.get("output_type") != "latent"
         checked = self.unet if arguments.get("output_type") in ("pil", "np") else None
         bar = super().progress_bar(total=len(names) + to_pixels)
-        with alone(self.unet, getattr(self, "text_encoder", None)), bar as progress:
-            stages = Stages(self._timings, self._execution_device, progress)
+        with alone(self), bar as progress:
+            device = self._execution_device
+            stages = Stages(self._timings, device, progress)
             return self._call_on_copy(
                 arguments,
+                _device=device,
                 _stages=stages,
                 scheduler=OnePassScheduler(self.scheduler, schedule, steps, strength),
                 unet=UNetPart(self.unet, schedule, stages, self._compiled),

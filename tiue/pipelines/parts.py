@@ -5,11 +5,12 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
+from diffusers.pipelines.pag.pag_utils import PAGMixin
 
 from tiue.compiled import compile_call, graphs
 from tiue.compiled.openvino import import_openvino
@@ -190,25 +191,45 @@ _locks: weakref.WeakKeyDictionary[Any, threading.RLock] = weakref.WeakKeyDiction
 _making = threading.Lock()
 
 
-def alone(unet: Any, *others: Any) -> AbstractContextManager[Any]:
-    """One call at a time, in whatever thread, of a UNet that calls change.
+def alone(pipe: Any) -> AbstractContextManager[Any]:
+    """One call at a time, in whatever thread, of a pipeline whose calls change its models.
 
-    Adapters are weighed by writing a call's scale to their layers, and offloading moves weights
-    while a call runs. Calls of a UNet without either run side by side.
+    Adapters are weighed by writing a call's scale to their layers; offloading moves weights, and
+    layerwise casting casts them, while a call runs; perturbed-attention guidance puts processors of
+    its own into the UNet, and GLIGEN switches its layers. Calls of a pipeline without any of these
+    run side by side.
 
     Args:
-        unet: The student; pipelines that share it wait for each other.
-        *others: Text encoders, or None.
+        pipe: Pipelines of this kind that share a UNet wait for each other; those that share it with
+            a pipeline of perturbed-attention guidance or GLIGEN, and have neither, do not.
 
     Returns:
         A context for a call.
     """
-    models = [model for model in (unet, *others) if isinstance(model, torch.nn.Module)]
-    changed = any(
-        getattr(model, "_hf_peft_config_loaded", False) or hasattr(model, "_hf_hook")
-        for model in models
+    pag = isinstance(pipe, PAGMixin)
+    changed = (
+        pag
+        or hasattr(pipe, "enable_fuser")  # GLIGEN's
+        or any(getattr(m, "_hf_peft_config_loaded", False) or has_hook(m) for m in pipe._models())
     )
-    return _lock_of(unet) if changed else nullcontext()
+    if not changed:
+        return nullcontext()
+    context = ExitStack()
+    context.enter_context(_lock_of(pipe.unet))
+    if pag:  # whose call leaves its processors behind when it ends in an error
+        context.callback(pipe.unet.set_attn_processor, pipe.unet.attn_processors)
+    return context
+
+
+def has_hook(module: torch.nn.Module) -> bool:
+    """Whether a hook of accelerate or diffusers is on a model or a layer of it."""
+    layers = [module]
+    while layers:
+        own = vars(layers.pop())
+        if "_hf_hook" in own or "_diffusers_hook" in own:
+            return True
+        layers += [layer for layer in own["_modules"].values() if layer is not None]
+    return False
 
 
 def _lock_of(model: Any) -> threading.RLock:
