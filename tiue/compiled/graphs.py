@@ -61,7 +61,9 @@ class CudaRecorder:
 
     def __init__(self) -> None:
         self._pool: Any = None
-        self._done: dict[torch.device, torch.cuda.Event] = {}  # an event belongs to its device
+        # Both belong to a device.
+        self._done: dict[torch.device, torch.cuda.Event] = {}
+        self._streams: dict[int, torch.cuda.Stream] = {}
 
     def serves(self, device: torch.device) -> bool:
         return device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
@@ -88,7 +90,10 @@ class CudaRecorder:
     def record(self, run: Callable[[], torch.Tensor]) -> Recorded:
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
-        return _CudaGraph(run, self._pool)
+        device = torch.cuda.current_device()
+        if device not in self._streams:
+            self._streams[device] = torch.cuda.Stream()
+        return _CudaGraph(run, self._pool, self._streams[device])
 
     def forget(self) -> None:
         self._pool = None
@@ -96,10 +101,14 @@ class CudaRecorder:
 
 
 class _CudaGraph:
-    def __init__(self, run: Callable[[], torch.Tensor], pool: Any) -> None:
+    def __init__(self, run: Callable[[], torch.Tensor], pool: Any, stream: Any) -> None:
         self._graph = torch.cuda.CUDAGraph()
-        # By default a call of another thread, such as an allocation, would end the capture.
-        recording = torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local")
+        # By default a call of another thread, such as an allocation, would end the capture, and the
+        # stream is one of the process, of the first device on which anything was recorded: what
+        # runs on another device is then made once and not recorded.
+        recording = torch.cuda.graph(
+            self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"
+        )
         with _without_cast_cache(), recording:
             self.output = run()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
@@ -19,12 +20,15 @@ class StandInCuda:
     Attributes:
         current: the device that is current.
         capture_modes: of every capture.
+        capture_devices: the device of the stream that each capture was on.
         benchmark: `torch.backends.cudnn.benchmark` while each call ran.
     """
 
     def __init__(self) -> None:
         self.current = FIRST
         self.capture_modes: list[str] = []
+        self.capture_devices: list[torch.device] = []
+        self.default_capture_stream: Any = None  # one of the process, as torch.cuda.graph has it
         self.benchmark: list[bool] = []
         cuda = self
 
@@ -65,9 +69,15 @@ class StandInCuda:
         yield
 
     @contextmanager
-    def graph(self, graph: object, pool: object, capture_error_mode: str = "global"):
+    def graph(self, graph: object, pool: object, stream=None, capture_error_mode: str = "global"):
+        if self.default_capture_stream is None:
+            self.default_capture_stream = self.Stream()
+        self.capture_devices.append((stream or self.default_capture_stream).device)
         self.capture_modes.append(capture_error_mode)
         yield
+
+    def current_device(self) -> int:
+        return self.current.index
 
     def current_stream(self) -> object:
         return self.Stream()
@@ -83,7 +93,7 @@ class StandInCuda:
 @pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch) -> StandInCuda:
     stand_in = StandInCuda()
-    names = ("device", "stream", "graph", "current_stream", "graph_pool_handle")
+    names = ("device", "stream", "graph", "current_device", "current_stream", "graph_pool_handle")
     for name in (*names, "Stream", "Event", "CUDAGraph"):
         monkeypatch.setattr(torch.cuda, name, getattr(stand_in, name))
     return stand_in
@@ -99,6 +109,16 @@ def test_each_device_has_its_own_event(cuda: StandInCuda) -> None:
         FIRST: FIRST, SECOND: SECOND
     }  # fmt: skip
     assert events[FIRST].waited == [FIRST, FIRST]
+
+
+def test_a_capture_is_on_the_device_whose_work_it_records(cuda: StandInCuda) -> None:
+    recorder = CudaRecorder()
+    for device in (FIRST, SECOND, FIRST):
+        with recorder.in_order(device):
+            recorder.record(cuda.call)
+    assert cuda.capture_devices == [FIRST, SECOND, FIRST]
+    # Graphs share a pool's memory where they are captured on one stream.
+    assert len(recorder._streams) == 2
 
 
 def test_other_threads_do_not_end_a_capture(cuda: StandInCuda) -> None:
