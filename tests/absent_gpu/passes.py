@@ -6,7 +6,9 @@ import itertools
 import json
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from typing import NamedTuple
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -16,13 +18,18 @@ from tests.tiue.tiny import tiny_scheduler
 from tests.tiue.unets import make_conditioning, make_inputs, make_unet
 from tiue import OnePassSchedule, TiUEUNet
 from tiue_kernels import use_backend
+from tiue_kernels.functional import cross_timestep_attention
 
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 
 
 class Pass(NamedTuple):
-    """One pass: inference by `one_pass`, or `predict_noise` and its gradients."""
+    """One pass: inference by `one_pass`, or `predict_noise` and its gradients.
+
+    Attributes:
+        backends: that are forced; none: those that the dispatch table chooses.
+    """
 
     unet: str
     dtype: str
@@ -33,12 +40,14 @@ class Pass(NamedTuple):
     @property
     def name(self) -> str:
         kind = "train" if self.trains else "one_pass"
-        return "-".join((self.unet, self.dtype, self.layout, kind, self.backends[0]))
+        backend = self.backends[0] if self.backends else "table"
+        return "-".join((self.unet, self.dtype, self.layout, kind, backend))
 
 
 def passes() -> Iterator[Pass]:
     for trains, layout in itertools.product((False, True), LAYOUTS):
         yield Pass("sd1", "f16", layout, trains)
+        yield Pass("sd1", "f16", layout, trains, ())
     yield Pass("sd2", "bf16", "nchw", False, ("reference",))
     yield Pass("sd2", "bf16", "nhwc", True, ("reference",))
     yield Pass("sdxl", "bf16", "nhwc", False)
@@ -56,7 +65,9 @@ def run(chosen: Pass) -> dict[str, object]:
         lambda x: x.to(dtype) if x.is_floating_point() else x,
         make_conditioning(chosen.unet),
     )
-    with absent_gpu() as rules, use_backend(*chosen.backends):
+    with absent_gpu() as rules, ExitStack() as stack:
+        if chosen.backends:
+            stack.enter_context(use_backend(*chosen.backends))
         student = TiUEUNet.from_unet(to_gpu(unet))
         latents, text = (like_on_gpu(x) for x in inputs.values())
         given = torch.utils._pytree.tree_map_only(torch.Tensor, like_on_gpu, given)
@@ -92,6 +103,31 @@ def _triton_kernel(x: torch.Tensor) -> object:
     return _forward_kernel[(1,)](x, torch.empty(4, device="cpu"), 1, 4, 1, 4)
 
 
+def _flash_attention(x: torch.Tensor, size: int) -> object:
+    heads = x.new_empty(1, 2, 8, size)
+    return torch.ops.aten._scaled_dot_product_flash_attention(heads, heads, heads)
+
+
+def _flash_gradients(x: torch.Tensor, size: int) -> object:
+    heads, none = x.new_empty(1, 2, 8, size), x.new_empty(0, dtype=torch.int64)
+    with mock.patch.object(torch.cuda, "get_device_capability", return_value=(8, 6)):
+        return torch.ops.aten._scaled_dot_product_flash_attention_backward(
+            *(heads, heads, heads, heads, heads, x.new_empty(1, 2, 8, dtype=torch.float32)),
+            *(None, None, 8, 8, 0.0, False, none, none),
+        )
+
+
+def attention(size: int, capability: tuple[int, int]) -> str | None:
+    """What attention of heads of a size raises, where no backend is forced."""
+    with absent_gpu(capability):
+        x = torch.empty(2, 9, 2 * size, dtype=torch.float16, device="cuda", requires_grad=True)
+        try:
+            cross_timestep_attention(x, x, x, 2).sum().backward()
+        except Exception as error:  # whatever it is, the test reads it
+            return f"{type(error).__name__}: {error}"
+    return None
+
+
 # What runs on a CPU and fails, or is wrong, on a GPU: every one of them must raise.
 PLANTED: dict[str, Callable[[torch.Tensor], object]] = {
     "group norm of channels_last maps": _native_group_norm,
@@ -106,7 +142,15 @@ PLANTED: dict[str, Callable[[torch.Tensor], object]] = {
     ),
     "the host waits for a value": lambda x: x.sum().item(),
     "a kernel reads the CPU's memory": _triton_kernel,
+    "flash attention of heads of 4": lambda x: _flash_attention(x, 4),
+    "its gradients of heads of 200, on compute capability 8.6": lambda x: _flash_gradients(x, 200),
 }
+# The other way round: every one of them must run, forward and backward.
+ATTENTION = [
+    (size, capability)
+    for size in (4, 8, 36, 192, 200, 224, 256, 264)
+    for capability in ((9, 0), (8, 6), (12, 0))
+]
 
 
 def main(words: list[str]) -> None:
@@ -114,6 +158,9 @@ def main(words: list[str]) -> None:
     for name, call in PLANTED.items():
         if all(word in name for word in words):
             print(json.dumps({"planted": name, "error": planted(call)}), flush=True)
+    for call in ATTENTION:
+        if all(word in "attention" for word in words):
+            print(json.dumps({"attention": call, "error": attention(*call)}), flush=True)
     for chosen in passes():
         if all(word in chosen.name for word in words):
             try:

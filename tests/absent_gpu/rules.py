@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tiue_kernels import dispatch
+from tiue_kernels import cuda, dispatch
 from tiue_kernels.ops._library import OPERATORS
 
 aten = torch.ops.aten
@@ -68,6 +68,24 @@ def _convolution(x, weight, bias, *_) -> None:
     _of_dtype(x.dtype, weight=weight, bias=bias)
 
 
+def _flash_attention(query, key, value, *_) -> None:
+    """ATen/native/transformers/cuda/flash_attn/flash_api.cpp; torch's own caller pads the heads."""
+    size = query.shape[3]
+    if size % 8 or size > 256:
+        raise CudaError(f"a head must be a multiple of 8 up to 256, it is {size}")
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if tensor.dtype not in (torch.float16, torch.bfloat16) or tensor.stride(3) != 1:
+            raise CudaError(f"{name} must be of a half type and dense in its last axis")
+
+
+def _flash_attention_backward(_, query, key, value, *__) -> None:
+    """There too; sdp_utils.cpp knows the cards that lack some heads."""
+    _flash_attention(query, key, value)
+    size, capability = query.shape[3], torch.cuda.get_device_capability()
+    if 192 < size <= 224 and capability in ((8, 6), (8, 9), (12, 0), (12, 1)):
+        raise CudaError(f"there is no gradient of heads of {size} on {capability}")
+
+
 RULES = {
     aten.native_group_norm.default: _group_norm,
     aten.native_group_norm_backward.default: _group_norm_backward,
@@ -75,6 +93,8 @@ RULES = {
     aten.native_layer_norm_backward.default: _layer_norm_backward,
     aten.convolution.default: _convolution,
     aten.conv2d.default: _convolution,
+    aten._scaled_dot_product_flash_attention.default: _flash_attention,
+    aten._scaled_dot_product_flash_attention_backward.default: _flash_attention_backward,
 }
 
 
@@ -148,6 +168,8 @@ def absent_gpu(capability: tuple[int, int] = (9, 0)) -> Iterator[CudaRules]:
 
     with ExitStack() as stack:
         for owner, name, value in (
+            (torch.version, "cuda", "13.0"),  # of this torch: none, and it has no flash attention
+            (cuda, "_why_not", "compiled kernels take no fake tensors"),
             (torch.cuda, "get_device_capability", lambda device=None: capability),
             (torch.cuda, "get_device_properties", lambda device=None: properties),
             (torch.cuda, "get_device_name", lambda device=None: properties.name),

@@ -31,7 +31,7 @@ def cross_timestep_attention_fwd(
     queries, key, value = (_split(x, num_heads) for x in (_fold(query, key.shape[0]), key, value))
     if query.device.type == "cpu":
         out, logsumexp = _cpu_forward(queries, key, value, attn_mask=bias, scale=scale)
-    elif _has_flash(query, bias):
+    elif _has_flash(queries, bias):
         out, logsumexp = _cuda_forward(queries, key, value, scale=scale)[:2]
     else:
         out, logsumexp = _explicit_fwd(queries, key, value, scale, bias)
@@ -67,7 +67,7 @@ def cross_timestep_attention_bwd(
         grad_bias = _sum_copies(grad_bias, copies).to(attention_bias.dtype)
     elif query.device.type == "cpu":
         grads = _cpu_backward(*tensors, 0.0, False, attn_mask=bias, scale=scale)
-    elif _has_flash(query, bias):
+    elif _has_flash(queries, bias, backward=True):
         lengths = (None, None, queries.shape[2], key.shape[2])
         seed = torch.empty(0, dtype=torch.int64, device=query.device)  # of a dropout of 0
         grads = _cuda_backward(*tensors, *lengths, 0.0, False, seed, seed, scale=scale)
@@ -145,14 +145,15 @@ def _bias(query: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor | None
     return None if bias is None else bias[:, None].to(_accumulator(query))
 
 
-def _has_flash(query: torch.Tensor, bias: torch.Tensor | None) -> bool:
-    return (
-        query.is_cuda
-        and bias is None
-        and query.dtype in (torch.float16, torch.bfloat16)
-        and torch.version.cuda is not None
-        and torch.cuda.get_device_capability(query.device) >= (8, 0)
-    )
+def _has_flash(queries: torch.Tensor, bias: torch.Tensor | None, backward: bool = False) -> bool:
+    """Whether torch's flash attention takes queries (B, heads, tokens, head size): it pads none."""
+    half = queries.dtype in (torch.float16, torch.bfloat16)
+    if not (queries.is_cuda and bias is None and half and torch.version.cuda is not None):
+        return False
+    size, capability = queries.shape[3], torch.cuda.get_device_capability(queries.device)
+    # Cards with 99 KiB of shared memory a block (8.6, 8.9, 12.0) have no gradient of these.
+    lacks = backward and 192 < size <= 224 and capability not in ((8, 0), (9, 0), (10, 0))
+    return capability >= (8, 0) and size % 8 == 0 and size <= 256 and not lacks
 
 
 def _copies(query: torch.Tensor, key: torch.Tensor) -> int:
