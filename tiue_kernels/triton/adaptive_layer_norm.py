@@ -14,7 +14,7 @@ BLOCK_C, BLOCK_N = 64, 32
 
 
 # One program normalises one token, which it holds whole in float32, and writes it for every
-# timestep with that timestep's scale and shift.
+# timestep with that timestep's scale and shift. `plane`, the elements of x, may be beyond int32.
 @triton.jit
 def _forward_kernel(
     x_ptr,
@@ -22,6 +22,7 @@ def _forward_kernel(
     shift_ptr,
     out_ptr,
     stats_ptr,
+    plane,
     timesteps,
     tokens,
     n_tokens,
@@ -45,7 +46,7 @@ def _forward_kernel(
         shift = tl.load(shift_ptr + modulation, mask=mask, other=0.0).to(tl.float32)
         tl.store(out_ptr + token * channels + offs, normed * (1.0 + scale) + shift, mask=mask)
         modulation += n_tokens // tokens * channels
-        out_ptr += n_tokens * channels
+        out_ptr += plane
 
 
 # One program computes the gradient of one token, summed over the timesteps that read it.
@@ -56,6 +57,7 @@ def _token_grad_kernel(
     scale_ptr,
     stats_ptr,
     grad_x_ptr,
+    plane,
     timesteps,
     tokens,
     n_tokens,
@@ -76,7 +78,7 @@ def _token_grad_kernel(
         scale = tl.load(scale_ptr + modulation, mask=mask, other=0.0).to(tl.float32)
         slope += grad * (1.0 + scale)
         modulation += n_tokens // tokens * channels
-        grad_ptr += n_tokens * channels
+        grad_ptr += plane
     level = tl.sum(slope, axis=0) / channels
     along = tl.sum(slope * normed, axis=0) / channels
     grad_x = rstd * (slope - level - normed * along)
@@ -129,7 +131,7 @@ def adaptive_layer_norm_fwd(
     if x.numel():
         with on_device_of(x):
             _forward_kernel[(batch * tokens,)](
-                *(x.contiguous(), scale.contiguous(), shift.contiguous(), out, stats),
+                *(x.contiguous(), scale.contiguous(), shift.contiguous(), out, stats, x.numel()),
                 *(timesteps_of(scale, x), tokens, batch * tokens, channels, eps),
                 BLOCK=power_of_two(channels),
             )
@@ -152,7 +154,7 @@ def adaptive_layer_norm_bwd(
     grad_out, x = grad_out.contiguous(), x.contiguous()
     with on_device_of(x):
         _token_grad_kernel[(batch * tokens,)](
-            *(grad_out, x, scale.contiguous(), stats, grad_x),
+            *(grad_out, x, scale.contiguous(), stats, grad_x, x.numel()),
             *(timesteps_of(scale, x), tokens, batch * tokens, channels),
             BLOCK=power_of_two(channels),
         )

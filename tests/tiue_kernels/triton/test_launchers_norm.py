@@ -167,3 +167,22 @@ def test_plans_are_kept_by_what_they_depend_on(monkeypatch):
     monkeypatch.setattr(group_norm, "WHOLE_TILE", 0)
     monkeypatch.setattr(group_norm, "SPLIT_TILE", 64)
     assert group_norm.plan(*sizes).splits > 1
+
+
+def test_a_plane_beyond_int32_reaches_the_kernels_whole(monkeypatch):
+    """A product of two int32 in a kernel would wrap; a number that the launcher gives is int64."""
+    from triton.runtime.jit import KernelInterface
+
+    from tiue_kernels.triton import adaptive_layer_norm
+
+    launches = []
+    monkeypatch.setattr(
+        KernelInterface, "__getitem__", lambda kernel, _: lambda *args, **__: launches.append(args)
+    )
+    x = torch.empty(512, 4096, 1152, dtype=torch.float16, device="meta")
+    scale = torch.empty(1024, 1152, dtype=torch.float16, device="meta")
+    assert x.numel() > 2**31
+    out, stats = adaptive_layer_norm.adaptive_layer_norm_fwd(x, scale, scale, 1e-6)
+    adaptive_layer_norm.adaptive_layer_norm_bwd(out, x, scale, scale, stats)
+    for args in launches[:2]:  # the last walks no plane
+        assert x.numel() in [arg for arg in args if isinstance(arg, int)]
