@@ -17,8 +17,9 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
@@ -204,20 +205,24 @@ def tune(
     return result
 
 
-def _pruned(
-    work: list[tuple[Problem, str, list[Config]]], capability: tuple[int, int], workers: int
-) -> list[list[str | None]]:
-    """`why_not` of every candidate, in processes of their own: compiling takes seconds each."""
-    jobs = [(p, bucket, config, capability) for p, bucket, tried in work for config in tried]
+@contextmanager
+def _compilers(workers: int) -> Iterator[Executor]:
+    """Processes to compile in, for a whole run: starting them takes as long as a launch."""
     environment = os.environ.pop("TRITON_INTERPRET", None)
     try:
         with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-            reasons = list(pool.map(why_not, *zip(*jobs, strict=True)))
+            yield pool
     finally:
         if environment is not None:
             os.environ["TRITON_INTERPRET"] = environment
-    found = iter(reasons)
-    return [[next(found) for _ in tried] for *_, tried in work]
+
+
+def _pruned(
+    pool: Executor, problem: Problem, bucket: str, tried: list[Config], capability: tuple[int, int]
+) -> list[str | None]:
+    """`why_not` of every candidate of a launch."""
+    same = ([value] * len(tried) for value in (problem, bucket))
+    return list(pool.map(why_not, *same, tried, [capability] * len(tried)))
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -261,35 +266,42 @@ def main(arguments: list[str] | None = None) -> None:
     if options.compile_only:
         major, _, minor = options.compile_only.partition(".")
         capability = (int(major), int(minor or 0))
-        for key, (problem, bucket, tried) in work.items():
-            (reasons,) = _pruned([(problem, bucket, tried)], capability, options.workers)
-            for config, reason in zip(tried, reasons, strict=True):
-                print(json.dumps({"launch": key, "config": config, "why_not": reason}), flush=True)
+        with _compilers(options.workers) as pool:
+            for key, (problem, bucket, tried) in work.items():
+                reasons = _pruned(pool, problem, bucket, tried, capability)
+                for config, reason in zip(tried, reasons, strict=True):
+                    entry = {"launch": key, "config": config, "why_not": reason}
+                    print(json.dumps(entry), flush=True)
         return
 
     device = torch.device("cpu" if options.smoke else "cuda")
     folder = options.output or configs.user_folder()
     clock = Clock(device)
     done = 0
-    for problem, bucket, tried in work.values():
-        if time.monotonic() > deadline:
-            break
-        if not options.smoke:
-            capability = torch.cuda.get_device_capability(device)
-            (reasons,) = _pruned([(problem, bucket, tried)], capability, options.workers)
-            # The heuristic stays, spilling or not: it is what the others are held against.
-            tried = [
-                c for c, reason in zip(tried, reasons, strict=True) if not reason or c is tried[0]
-            ]
-        result = tune(problem, bucket, tried, device, clock, options.rounds)
-        done += 1
-        print(
-            f"{problem.operator} {bucket}: {result.gain:.2f} x, {result.config}, "
-            f"{len(tried)} right, {len(result.left_out)} left out",
-            flush=True,
-        )
-        if result.gain > 1:
-            configs.write(folder, problem.operator, device, {bucket: result.config})
+    with nullcontext() if options.smoke else _compilers(options.workers) as pool:
+        for problem, bucket, tried in work.values():
+            if time.monotonic() > deadline:
+                break
+            known = len(tried)
+            if pool is not None:
+                capability = torch.cuda.get_device_capability(device)
+                reasons = _pruned(pool, problem, bucket, tried, capability)
+                # The heuristic stays, spilling or not: it is what the others are held against.
+                tried = [
+                    config
+                    for config, reason in zip(tried, reasons, strict=True)
+                    if not reason or config is tried[0]
+                ]
+            result = tune(problem, bucket, tried, device, clock, options.rounds)
+            done += 1
+            right = len(tried) - len(result.left_out)
+            print(
+                f"{problem.operator} {bucket}: {result.gain:.2f} x, {result.config}, "
+                f"{right} timed, {known - right} left out",
+                flush=True,
+            )
+            if result.gain > 1:
+                configs.write(folder, problem.operator, device, {bucket: result.config})
     print(f"{done} of {len(work)} launches tuned; results are in {folder}")
 
 

@@ -45,6 +45,46 @@ def test_other_configurations_compute_the_same(problem: Problem):
         assert bucket in {name for _, name, _ in seen}
 
 
+def test_a_cut_list_of_candidates_tries_every_axis():
+    """`make gpu` takes 12 of up to 54."""
+    axes = []
+    for problem in {(p.operator, p.direction): p for p in PROBLEMS}.values():
+        for bucket, heuristic in problem.choices():
+            first, *nearest = tuning.candidates(problem.operator, bucket, heuristic)[:12]
+            assert first is heuristic
+            changed = [{a for a in config if config[a] != heuristic[a]} for config in nearest]
+            assert sorted(changed, key=len) == changed
+            alone = {axis for axes in changed if len(axes) == 1 for axis in axes}
+            assert len(alone) >= 2
+            axes.append(alone)
+    assert max(map(len, axes)) == 4
+
+
+def test_candidates_of_all_launches_compile_in_the_same_processes(monkeypatch, capsys):
+    pools = []
+
+    class Pool:
+        def __init__(self, workers, mp_context):
+            pools.append(workers)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def map(self, _, *jobs):
+            return [f"capability {capability}" for *_, capability in zip(*jobs, strict=True)]
+
+    monkeypatch.setattr(tune, "ProcessPoolExecutor", Pool)
+    options = ["--models", "tiny", "--dtypes", "float32", "--most", "3", "--workers", "5"]
+    tune.main(["--compile-only", "9.0", *options])
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert {line["why_not"] for line in lines} == {"capability (9, 0)"}
+    assert len({tuple(line["launch"]) for line in lines}) > 10
+    assert pools == [5]
+
+
 def test_a_configuration_reaches_the_kernel(monkeypatch):
     from triton.runtime.jit import KernelInterface
 

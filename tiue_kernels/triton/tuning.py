@@ -199,7 +199,7 @@ _BACKWARD: dict[str, Any] = {
 
 
 def candidates(operator: str, bucket: str, heuristic: Config) -> list[Config]:
-    """Configurations around a heuristic, which is the first of them.
+    """Configurations around a heuristic, which is the first of them, the nearest before the others.
 
     Args:
         operator: whose.
@@ -225,7 +225,10 @@ def candidates(operator: str, bucket: str, heuristic: Config) -> list[Config]:
     combined = [
         dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())
     ]
-    return [heuristic, *(config for config in combined if config != heuristic)]
+    return sorted(
+        [heuristic, *(config for config in combined if config != heuristic)],
+        key=lambda config: sum(config[axis] != heuristic[axis] for axis in axes),
+    )
 
 
 def _near(value: int, least: int, most: int) -> list[int]:
