@@ -14,7 +14,13 @@ import tiue
 from tests.tiue.tiny import tiny_pipeline
 from tiue import TiUEPipeline, TiUEUNet
 from tiue.distill import loading
-from tiue.errors import ArchitectureError, CheckpointError, InputError, SchedulerError
+from tiue.errors import (
+    ArchitectureError,
+    CheckpointError,
+    InputError,
+    SchedulerError,
+    TiUEError,
+)
 from tiue.openmoji import load_openmoji_teacher
 
 FILES = {
@@ -164,17 +170,52 @@ def test_a_whole_model_draws_what_it_drew(stock):
     [
         ("unet/config.json", {"attention_head_dim": 0}, "cannot load the unet"),
         ("unet/config.json", {"sample_size": 0}, "sample_size is 0"),
-        ("unet/config.json", {"sample_size": -1}, "sample_size is -1"),
-        ("unet/config.json", {"sample_size": "large"}, "sample_size is 'large'"),
+        ("unet/config.json", {"sample_size": -1}, "sample_size = -1"),
+        ("unet/config.json", {"sample_size": "large"}, "sample_size = 'large'"),
         ("vae/config.json", {"scaling_factor": 0}, "scaling_factor is 0"),
-        ("vae/config.json", {"scaling_factor": "1"}, "scaling_factor is '1'"),
-        ("vae/config.json", {"scaling_factor": float("nan")}, "scaling_factor is nan"),
+        ("vae/config.json", {"scaling_factor": "1"}, "scaling_factor = '1'"),
+        ("vae/config.json", {"scaling_factor": float("nan")}, "scaling_factor = nan"),
         ("scheduler/scheduler_config.json", {"num_train_timesteps": 0}, ""),
     ],
 )
 def test_a_config_that_no_model_has(folder, file, changes, message):
     edit_json(folder / file, **changes)
     with pytest.raises((CheckpointError, ArchitectureError, SchedulerError), match=message):
+        TiUEPipeline.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "unet", "vae"])
+def test_settings_that_are_null_one_by_one(folder, part):
+    file = folder / part / "config.json"
+    whole = json.loads(file.read_text())
+    for name in whole:
+        file.write_text(json.dumps(whole | {name: None}))
+        try:
+            pipe = TiUEPipeline.from_pretrained(folder)
+            pipe.set_progress_bar_config(disable=True)
+            pipe("sun", height=16, width=16)
+        except TiUEError:
+            continue  # or it is drawn: null means the default in many
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "value"),
+    [
+        ("unet", "norm_eps", None),
+        ("unet", "norm_eps", [1]),
+        ("unet", "freq_shift", "x"),
+        ("unet", "mid_block_scale_factor", float("nan")),
+        ("unet", "attention_head_dim", -1),
+        ("unet", "layers_per_block", [1, -1]),
+        ("vae", "norm_num_groups", -1),
+        ("text_encoder", "layer_norm_eps", None),
+        ("text_encoder", "num_attention_heads", -1),
+    ],
+)
+def test_a_setting_that_is_no_number(folder, part, name, value):
+    file = folder / part / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {name: value}))
+    with pytest.raises(CheckpointError, match=f"the {part} of .* has {name} = .*a number"):
         TiUEPipeline.from_pretrained(folder)
 
 

@@ -201,9 +201,11 @@ def check_parts(
         )
     size = unet.config.sample_size
     sides = size if isinstance(size, list | tuple) else [size]
-    if size is not None and not all(isinstance(side, int) and side > 0 for side in sides):
+    whole = all(isinstance(side, int) and side > 0 for side in sides)
+    if size is not None and not (whole and (isinstance(size, int) or len(sides) == 2)):
         raise ArchitectureError(
-            f"the UNet's sample_size is {size!r}: it must be a positive whole number of latents"
+            f"the UNet's sample_size is {size!r}: it must be a positive whole number of latents, or"
+            " two of them"
         )
     channels = vae.config.latent_channels
     if unet.config.in_channels != channels or unet.config.out_channels != channels:

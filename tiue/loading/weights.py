@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
+import math
 import os
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, ModelMixin, UNet2DConditionModel
@@ -37,6 +39,8 @@ _REPORTERS = (
 # Of AutoencoderTiny: what it writes into its configuration and does not know again; and that
 # StableDiffusionPipeline, which runs it, names AutoencoderKL alone.
 _OF_TINY = ("The config attributes {'block_out_channels': ", "Expected types for vae: ")
+# Numbers of a text encoder's configuration, whose classes say nothing of them in older versions.
+_OF_TEXT = {"layer_norm_eps": float, "num_attention_heads": int, "eos_token_id": int}
 _SHOWN = 3
 
 
@@ -73,7 +77,51 @@ def load_whole(
             f"cannot load the {part} of {source}: {type(error).__name__}: {error}"
         ) from error
     check_report(report, source, part)
+    check_numbers(model, source, part)
     return model
+
+
+def check_numbers(model: Any, source: str | os.PathLike[str], part: str) -> None:
+    """See that settings which are numbers are, for layers that ask for them at a call alone.
+
+    Args:
+        model: One of diffusers, whose constructor says what each setting of its config.json is, or
+            of transformers.
+        source: Where it came from, for the message.
+        part: What it is, for the message.
+
+    Raises:
+        CheckpointError: A setting that must be a number is null, text, NaN, infinite or negative.
+    """
+    if isinstance(model, ModelMixin):
+        kinds = get_type_hints(inspect.unwrap(type(model).__init__))
+    else:
+        kinds = {name: kind for name, kind in _OF_TEXT.items() if hasattr(model.config, name)}
+    settings = model.config if isinstance(model.config, Mapping) else vars(model.config)
+    for name, kind in kinds.items():
+        allowed = (kind,) if get_origin(kind) in (None, tuple) else get_args(kind)
+        if name not in settings or not {int, float} & set(allowed):
+            continue
+        value = settings[name]
+        if value is None and type(None) in allowed:
+            continue
+        # A VAE's sample_size may be two sides, whatever its constructor says.
+        several = name == "sample_size" or any(get_origin(some) is tuple for some in allowed)
+        for number in _flat(value) if several else [value]:
+            if not (isinstance(number, int | float) and 0 <= number < math.inf):
+                raise CheckpointError(
+                    f"the {part} of {source} has {name} = {value!r} in its config.json, which must"
+                    " be a number, not negative: fetch it again"
+                )
+
+
+def _flat(value: Any) -> Iterator[Any]:
+    """The numbers of a setting, which one level or all sides may share."""
+    if isinstance(value, list | tuple):
+        for some in value:
+            yield from _flat(some)
+    else:
+        yield value
 
 
 def _check_variant(folder: Path, variant: str | None, part: str) -> None:
