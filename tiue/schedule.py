@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import dataclass, field, replace
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -280,8 +281,10 @@ class OnePassSchedule:
             The shorter schedule.
 
         Raises:
-            InputError: no row would be left.
+            InputError: no row would be left, or the bound is no number.
         """
+        if not isinstance(bound, Real):
+            raise InputError(f"skip_below must be a number, got {bound!r}")
         kept = self.noise_coefficients.abs() >= bound
         if not kept.any():
             raise InputError(

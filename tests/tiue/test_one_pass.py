@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 from diffusers import (
@@ -204,6 +205,30 @@ def test_a_pipeline_that_goes_through_the_steps_itself() -> None:
 def test_bad_arguments(pipe, expected, arguments, message: str) -> None:
     with pytest.raises(InputError, match=message):
         draw(pipe, **arguments)
+
+
+def test_the_texts_of_the_second_text_encoder(plain_xl) -> None:
+    pipe = quiet(tiue.one_pass(plain_xl))
+    two = {"prompt": ["a", "b"], "height": 16, "width": 16}
+    for name in ("prompt_2", "negative_prompt_2"):
+        with pytest.raises(InputError, match=f"1 texts in {name} for 2 prompts"):
+            draw(pipe, **two | {name: ["c"]})
+        with pytest.raises(InputError, match="no UTF-8"):
+            draw(pipe, **two | {name: "caf\udce9"})
+    one = draw(pipe, **two | {"prompt_2": "c"})
+    assert torch.equal(one, draw(pipe, **two | {"prompt_2": ["c", "c"]}))
+
+
+def test_pictures_and_latents_that_are_none(plain) -> None:
+    kinds = {"StableDiffusionImg2ImgPipeline": {"image": None}}
+    kinds["StableDiffusionInpaintPipeline"] = {"image": None, "mask_image": None}
+    for name, arguments in kinds.items():
+        pipe = quiet(tiue.one_pass(getattr(diffusers, name).from_pipe(plain)))
+        with pytest.raises(InputError, match="image is missing"):
+            pipe("a", **arguments)
+    given = {"image": torch.zeros(1, 3, 32, 32), "mask_image": torch.zeros(1, 1, 32, 32)}
+    with pytest.raises(InputError, match="latents must be a tensor"):
+        pipe("a", latents=np.zeros((1, 4, 8, 8)), **given)
 
 
 def test_arguments_by_place_and_unknown_ones(pipe) -> None:

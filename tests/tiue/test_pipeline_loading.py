@@ -310,7 +310,10 @@ TEXT = torch.zeros(1, 16, 32)
         ({"generator": [torch.Generator()] * 2}, "2 generators for 1"),
         ({"output_type": "jpg"}, "output_type"),
         ({"skip_below": 3.0}, "2.492"),
-        ({"negative_prompt": ["a", "b"], "guidance_scale": 2.0}, "2 negative prompts for 1"),
+        (
+            {"negative_prompt": ["a", "b"], "guidance_scale": 2.0},
+            "2 texts in negative_prompt for 1",
+        ),
         ({"negative_prompt": "a", "negative_prompt_embeds": TEXT}, "negative_prompt"),
         ({"ip_adapter_image_embeds": TEXT, "prompt": "a"}, "list"),
     ],
@@ -327,6 +330,7 @@ def test_a_prompt_without_a_text_encoder(stock):
         pipe("red apple")
     with pytest.raises(InputError, match="negative_prompt_embeds"):
         pipe(prompt_embeds=TEXT, guidance_scale=2.0)
+    assert pipe(prompt_embeds=TEXT, clip_skip=1, output_type="latent").images.isfinite().all()
 
 
 def test_a_unet_of_no_size(stock):

@@ -76,7 +76,8 @@ def bind(
             arguments |= unknown
     for name, (neutral, why) in _OF_STEPS.items():
         given = arguments.get(name, neutral[0])
-        if any(value not in neutral for value in (given if isinstance(given, list) else [given])):
+        values = given if isinstance(given, list) and given else [given]  # one for each ControlNet
+        if any(value not in neutral for value in values):
             raise InputError(f"{name}={given!r}: {why}. Leave {name} out")
     return arguments
 
@@ -145,6 +146,8 @@ def check(arguments: dict[str, Any], unet: Any, vae: Any, factor: int) -> None:
     if output_type not in OUTPUT_TYPES:
         raise InputError(f"output_type must be one of {OUTPUT_TYPES}, got {output_type!r}")
     _check_numbers(arguments)
+    if arguments.get("image", 0) is None:
+        raise InputError("image is missing: this pipeline draws of a picture")
     images = arguments.get("num_images_per_prompt", 1)
     if images is None:
         images = arguments["num_images_per_prompt"] = 1
@@ -153,9 +156,8 @@ def check(arguments: dict[str, Any], unet: Any, vae: Any, factor: int) -> None:
     rows = _check_prompts(arguments, unet.config)
     rows = None if rows is None else rows * images
     _check_sizes(arguments, rows, unet.config, vae.config.latent_channels, factor)
-    latents = arguments.get("latents")
-    if isinstance(latents, torch.Tensor):
-        arguments["latents"] = latents.to(unet.dtype)
+    if isinstance(arguments.get("latents"), torch.Tensor):
+        arguments["latents"] = arguments["latents"].to(unet.dtype)
     generator = arguments.get("generator")
     if isinstance(generator, (list, tuple)):
         generator = arguments["generator"] = list(generator)
@@ -170,12 +172,14 @@ def _check_numbers(arguments: Mapping[str, Any]) -> None:
     for name, value in arguments.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise InputError(f"{name} must be a finite number, got {value}")
-    for name in ("guidance_scale", "image_guidance_scale"):
-        value = arguments.get(name, 1.0)
-        if value is None:
-            continue
-        if not isinstance(value, Real) or not 0 <= float(value) <= MAX_GUIDANCE:
+    for name in ("guidance_scale", "image_guidance_scale", "guidance_rescale", "pag_scale"):
+        value = arguments.get(name, 0.0)
+        within = isinstance(value, Real) and 0 <= value <= MAX_GUIDANCE  # type: ignore[operator]
+        if not within:
             raise InputError(f"{name} must be a number from 0 to {MAX_GUIDANCE}, got {value!r}")
+    given = arguments.get("cross_attention_kwargs")
+    if given is not None and not isinstance(given, dict):
+        raise InputError(f"cross_attention_kwargs must be a dict, got {given!r}")
 
 
 def check_clip_skip(clip_skip: Any, text_encoder: Any) -> None:
@@ -204,8 +208,6 @@ def _check_prompts(arguments: dict[str, Any], config: Mapping[str, Any]) -> int 
     if isinstance(prompt, list):
         if not prompt or not all(isinstance(text, str) for text in prompt):
             raise InputError(f"prompt must be a text or a list of at least one, got {prompt!r}")
-        for text in prompt:
-            check_unicode(text)
         count = len(prompt)
     elif isinstance(embeds, torch.Tensor):
         width = config["encoder_hid_dim"] or config["cross_attention_dim"]
@@ -218,19 +220,34 @@ def _check_prompts(arguments: dict[str, Any], config: Mapping[str, Any]) -> int 
         count = embeds.shape[0]
     else:
         return None
+    # Of SDXL's second text encoder and of Stable Diffusion 3's third likewise.
+    for name in ("prompt", "prompt_2", "prompt_3"):
+        _check_texts(arguments, name, None if name == "prompt" else count)
+        _check_texts(arguments, f"negative_{name}", count)
     negative = arguments.get("negative_prompt")
-    if isinstance(negative, str):
-        negative = arguments["negative_prompt"] = [negative] * count
-    if negative is not None and len(negative) != count:
-        raise InputError(
-            f"{len(negative)} negative prompts for {count} prompts: give one text for all,"
-            " or one for each"
-        )
     if any(negative or ()) and not arguments.get("guidance_scale", 1.0) > 1.0:
         _tell_once(
             "negative_prompt has no effect without guidance: set guidance_scale above 1. Said once."
         )
     return count
+
+
+def _check_texts(arguments: dict[str, Any], name: str, count: int | None) -> None:
+    """See that texts are as many as the prompts; one stands for all."""
+    texts = arguments.get(name)
+    if texts is None:
+        return
+    if isinstance(texts, str):
+        texts = arguments[name] = [texts] * (count or 1)
+    if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
+        raise InputError(f"{name} must be a text or a list of texts, got {texts!r}")
+    if count is not None and len(texts) != count:
+        raise InputError(
+            f"{len(texts)} texts in {name} for {count} prompts: give one text for all, or one for"
+            " each"
+        )
+    for text in texts:
+        check_unicode(text)
 
 
 def _check_sizes(
@@ -240,6 +257,9 @@ def _check_sizes(
     channels: int,
     factor: int,
 ) -> None:
+    latents = arguments.get("latents")
+    if latents is not None and not isinstance(latents, torch.Tensor):
+        raise InputError(f"latents must be a tensor, got a {type(latents).__name__}")
     sizes = [name for name in ("height", "width") if name in arguments]
     # A picture among the arguments gives the size; `image` and `mask_image` are diffusers' names.
     if len(sizes) < 2 or "image" in arguments:
@@ -247,7 +267,7 @@ def _check_sizes(
             if arguments[name] is not None:
                 _latent_size(name, arguments[name], None, factor)
         return
-    height, width, latents = (arguments.get(name) for name in ("height", "width", "latents"))
+    height, width = arguments.get("height"), arguments.get("width")
     shape = latent_shape(rows, config["sample_size"], channels, factor, height, width, latents)
     arguments["height"], arguments["width"] = (size * factor for size in shape)
 
@@ -279,8 +299,6 @@ def latent_shape(
         InputError: Latents of another shape, or sizes that no latents have.
     """
     own = sample_size
-    if latents is not None and not isinstance(latents, torch.Tensor):
-        raise InputError(f"latents must be a tensor, got a {type(latents).__name__}")
     if latents is not None:
         fits = latents.ndim == 4 and latents.shape[1] == channels
         if not fits or latents.shape[0] != (rows or latents.shape[0]):

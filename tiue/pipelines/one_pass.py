@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -187,6 +187,8 @@ class OnePass(SafeAdapters, Driven):
 
     def _schedule(self, num_decoder_steps: int, strength: float) -> OnePassSchedule:
         """S and E of the present scheduler, kept."""
+        if not isinstance(num_decoder_steps, Hashable):  # nor any number
+            return OnePassSchedule.from_scheduler(self.scheduler, num_decoder_steps, strength)
         known: dict[Any, OnePassSchedule] = self.__dict__.setdefault("_schedules", {})
         # 4.0 and 4 are one key, and not one answer.
         kinds = (type(num_decoder_steps), type(strength))
@@ -249,14 +251,15 @@ class OnePass(SafeAdapters, Driven):
                 " negative_prompt_embeds"
             )
         run = self
-        if given.get("clip_skip") is not None:
-            inputs.check_clip_skip(given["clip_skip"], self.text_encoder)
-        if given.get("clip_skip") is not None and not hasattr(self.text_encoder, "text_model"):
+        clip_skip = given.get("clip_skip")
+        for encoder in encoders if clip_skip is not None else ():
+            inputs.check_clip_skip(clip_skip, encoder)
+        first = getattr(self, "text_encoder", None)
+        if clip_skip is not None and first is not None and not hasattr(first, "text_model"):
             # transformers 5 took that module out of CLIPTextModel; diffusers 0.42 looks for the
             # final layer norm in it.
             run = copy.copy(self)
-            encoder = Part(self.text_encoder, text_model=self.text_encoder)
-            run.__dict__["text_encoder"] = encoder
+            run.__dict__["text_encoder"] = Part(first, text_model=first)
         with (self._stages or untimed)("text encoder"):
             found = getattr(super(OnePass, run), theirs.__name__)(*bound.args, **bound.kwargs)
         dtype = self.unet.dtype  # diffusers walks through every layer for it
