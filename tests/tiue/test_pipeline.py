@@ -11,6 +11,7 @@ from diffusers import (
     EulerDiscreteScheduler,
     StableDiffusionPipeline,
 )
+from diffusers.utils import convert_state_dict_to_diffusers
 from diffusers.utils import logging as diffusers_logging
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
@@ -259,6 +260,32 @@ def test_a_lora_of_other_sizes_is_refused_and_leaves_nothing(tmp_path):
     )
     with pytest.raises(CheckpointError, match=r"other sizes .*size mismatch .*to_q"):
         pipe.load_lora_weights(tmp_path)
+    assert torch.equal(latents_of(pipe, PROMPTS, latents=noise(2)), plain)
+
+
+@pytest.mark.parametrize("loaded", [False, True], ids=["alone", "beside_another"])
+def test_a_lora_whose_text_encoder_part_does_not_fit_leaves_nothing(tmp_path, loaded):
+    pipe, other = make(), tiny_pipeline()
+    if loaded:
+        pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_v"], init_lora_weights=False))
+    plain = latents_of(pipe, PROMPTS, latents=noise(2))
+    other.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
+    other.text_encoder.add_adapter(
+        LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    )
+    wide = {
+        key: torch.cat([weight, weight], dim=-1 if "lora_A" in key else 0)
+        for key, weight in get_peft_model_state_dict(other.text_encoder).items()
+    }
+    StableDiffusionPipeline.save_lora_weights(
+        tmp_path,
+        unet_lora_layers=get_peft_model_state_dict(other.unet),
+        text_encoder_lora_layers=convert_state_dict_to_diffusers(wide),
+    )
+    before = pipe.get_list_adapters()
+    with pytest.raises(CheckpointError, match=r"other sizes .*text encoder"):
+        pipe.load_lora_weights(tmp_path)
+    assert pipe.get_list_adapters() == before
     assert torch.equal(latents_of(pipe, PROMPTS, latents=noise(2)), plain)
 
 
