@@ -41,9 +41,15 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         written.mkdir()
         yield written
         sync_tree(written)
+        replaced = temporary / "replaced"
         if folder.exists():
-            folder.rename(temporary / "replaced")
-        written.rename(folder)
+            folder.rename(replaced)
+        try:
+            written.rename(folder)
+        except OSError:
+            if replaced.exists():
+                replaced.rename(folder)
+            raise
         sync_folder(folder.parent)
     except WRITE_ERRORS as error:
         raise cannot_write(folder, error) from error

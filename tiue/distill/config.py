@@ -1,5 +1,6 @@
 """What a distillation run is made of: one dataclass, from which the command line is made too."""
 
+import math
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Literal, get_args
@@ -242,6 +243,11 @@ class DistillConfig:
         Raises:
             InputError: Naming the field, its value and what it takes.
         """
+        for field in fields(self):
+            value = getattr(self, field.name)
+            finite = not isinstance(value, float) or math.isfinite(value)
+            self._require(finite, field.name, "finite")
+        self._require(0 <= self.seed < 2**63, "seed", "from 0 to less than 2^63")
         at_least_one = (
             "num_decoder_steps", "steps", "batch_size", "gradient_accumulation_steps", "lora_rank",
             "lora_updates", "checkpoint_every", "keep_checkpoints", "log_every",

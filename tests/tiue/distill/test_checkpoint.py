@@ -1,3 +1,6 @@
+import math
+from pathlib import Path
+
 import pytest
 
 from tiue.distill.output import claim_output, clear_leftovers, list_checkpoints
@@ -27,6 +30,26 @@ def test_a_failed_write_leaves_what_was_there(tmp_path, error):
             raise error
 
     with pytest.raises(OutputError, match=str(error)):
+        write()
+    assert [p.name for p in tmp_path.rglob("*")] == ["unet", "old"]
+
+
+def test_a_folder_that_cannot_take_its_place_leaves_what_was_there(tmp_path, monkeypatch):
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "unet" / "old").touch()
+    rename = Path.rename
+
+    def fail_for_the_new_one(path, target):
+        if path.name == "written":
+            raise OSError("no such place")
+        return rename(path, target)
+
+    def write():
+        with whole_folder(tmp_path / "unet") as written:
+            (written / "new").touch()
+
+    monkeypatch.setattr(Path, "rename", fail_for_the_new_one)
+    with pytest.raises(OutputError, match="no such place"):
         write()
     assert [p.name for p in tmp_path.rglob("*")] == ["unet", "old"]
 
@@ -94,6 +117,7 @@ def test_leftovers_of_killed_writes_are_cleared_and_nothing_else(tmp_path):
         ("num_decoder_steps", 0), ("learning_rate", 0.0), ("ema_decay", 1.0), ("prompt_drop", 1.1),
         ("min_timestep", 981), ("max_timestep", 5), ("weighting", "sigma"), ("kl_reduction", "max"),
         ("mixed_precision", "fp8"), ("timestep_spacing", "even"), ("height", 0),
+        ("seed", -1), ("seed", 2**64), ("kl_weight", math.inf), ("guidance_scale", math.nan),
     ],
 )  # fmt: skip
 def test_a_setting_that_cannot_be_is_named(make_config, name, value):
