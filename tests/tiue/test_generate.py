@@ -143,6 +143,9 @@ def test_a_lora_and_its_weight_are_read():
     for text in ("", ":0.5"):
         with pytest.raises(InputError, match="names no file"):
             LoRA.parse(text)
+    for text in ("a.safetensors:nan", "a.safetensors:-inf"):
+        with pytest.raises(InputError, match="no finite number"):
+            LoRA.parse(text)
 
 
 def test_guidance_and_another_vae(place, tmp_path):

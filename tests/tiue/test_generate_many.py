@@ -2,14 +2,17 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.torch import save_file
 
 from tests.tiue.test_cli import names, run
+from tests.tiue.test_files import lora
 from tests.tiue.test_generate import assert_same, picture
 from tests.tiue.tiny import tiny_pipeline
 from tiue.errors import InputError
@@ -89,6 +92,24 @@ def test_another_run_does_not_go_into_the_folder(place, tmp_path):
         assert "holds the pictures of another" in result.stderr
     assert names(tmp_path) == before
     assert Image.open(tmp_path / "000000.png").size == (32, 32)
+
+
+def test_pictures_of_another_lora_weight_or_scheduler_are_not_taken_for_these(place, tmp_path):
+    save_file(lora(tiny_pipeline(), 0), tmp_path / "lora.safetensors")
+    out = tmp_path / "out"
+    half, whole = (("--lora", f"{tmp_path / 'lora.safetensors'}:{w}") for w in (0.5, 1))
+    assert run(*words(place, out), *half).exit_code == 0
+    assert "0 drawn now" in run(*words(place, out), *half).output
+    result = run(*words(place, out), *whole)
+    assert result.exit_code == 2
+    assert "differs in lora_weights" in result.stderr
+
+    model = shutil.copytree(place / "model", tmp_path / "model")
+    config = model / "scheduler" / "scheduler_config.json"
+    config.write_text(config.read_text().replace('"leading"', '"trailing"'))
+    result = run(*words(place, out), *half, "--model", str(model))
+    assert result.exit_code == 2
+    assert "differs in scheduler_sha256" in result.stderr
 
 
 @pytest.mark.parametrize(

@@ -203,7 +203,8 @@ def generate_command(
         **(given.arguments(strength) or {"height": height, "width": width}),
     }
     if listed is not None:
-        drawn = draw_many(pipe, listed, output, batch_size, arguments, negative_prompt)
+        weights = [lora.weight for lora in request.loras]
+        drawn = draw_many(pipe, listed, output, batch_size, arguments, negative_prompt, weights)
         if drawn is not None:
             say(f"{output / MANIFEST}: {len(listed)} pictures, {drawn} drawn now by this process")
         return

@@ -12,7 +12,7 @@ import torch
 from tiue.distill.processes import require_shared_work
 from tiue.errors import InputError
 from tiue.evaluate.generation import Job, check_facts, generate, write_facts
-from tiue.evaluate.models import weights_hash
+from tiue.evaluate.models import tensors_hash
 from tiue.files import sha256, write_file
 from tiue.terminal import check_seeds
 
@@ -95,6 +95,7 @@ def draw_many(
     batch_size: int,
     arguments: dict[str, Any],
     negative_prompt: str | None,
+    lora_weights: list[float] | None = None,
 ) -> int | None:
     """Draw what a folder does not hold yet, this process its share, and write the manifest.
 
@@ -106,6 +107,7 @@ def draw_many(
         batch_size: pictures at once.
         arguments: of the pipeline's calls.
         negative_prompt: of all.
+        lora_weights: of the pipeline's LoRAs, in their order.
 
     Returns:
         How many this process drew; None on all but the first.
@@ -123,9 +125,14 @@ def draw_many(
         for name, value in arguments.items()
         if name.endswith("image") and value is not None
     }
+    models = {n: part for n, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
+    scheduler = json.dumps(dict(pipe.scheduler.config), sort_keys=True, default=str)
     facts = {
         "jobs_sha256": hashlib.sha256(asked.encode()).hexdigest(),
-        "weights_sha256": weights_hash(pipe),
+        "weights_sha256": tensors_hash(models),
+        "lora_weights": lora_weights or [],
+        "scheduler": type(pipe.scheduler).__name__,
+        "scheduler_sha256": hashlib.sha256(scheduler.encode()).hexdigest(),
         "dtype": str(pipe.unet.dtype).removeprefix("torch."),
         "batch_size": batch_size,
         "negative_prompt": negative_prompt,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +31,7 @@ class LoRA:
         """Read FILE or FILE:weight.
 
         Raises:
-            InputError: there is no file's name.
+            InputError: there is no file's name, or the weight is infinite or no number.
         """
         source, colon, weight = text.rpartition(":")
         try:
@@ -39,6 +40,8 @@ class LoRA:
             parsed = cls(text)  # the colon of a drive
         if not parsed.source:
             raise InputError(f"--lora {text!r} names no file: give FILE or FILE:weight")
+        if not math.isfinite(parsed.weight):
+            raise InputError(f"--lora {text!r} has a weight that is no finite number")
         return parsed
 
 
