@@ -196,6 +196,18 @@ def test_the_gradient_of_an_attention_bias_is_computed_where_it_is_needed(
     assert query.grad is not None
 
 
+@pytest.mark.parametrize("name", ["geglu", "layer_norm_linear", "shared_skip_group_norm_silu"])
+def test_a_second_derivative_is_an_error_and_no_zero(name: str) -> None:
+    call = CALLS[name]
+    inputs = [tensor.float().requires_grad_() for tensor in call.tensors.values()]
+    total = sum(output.sum() for output in call.run(*inputs))
+    plain = torch.autograd.grad(total, inputs, retain_graph=True)
+    gradients = torch.autograd.grad(total, inputs, create_graph=True)
+    assert all(torch.equal(a, b) for a, b in zip(gradients, plain, strict=True))
+    with pytest.raises(RuntimeError, match=f"tiue::{name} has no second derivative"):
+        sum(gradient.square().sum() for gradient in gradients).backward()
+
+
 def test_backward_operators_are_named_like_their_forward() -> None:
     attention, geglu = OPERATORS["cross_timestep_attention"], OPERATORS["geglu"]
     assert attention.backward is torch.ops.tiue.cross_timestep_attention_bwd.default

@@ -111,7 +111,7 @@ def declare(
     (forward_op, _), (backward_op, _) = entries
     torch.library.register_autograd(
         f"tiue::{name}_fwd",
-        partial(plan.backward, backward_op),
+        partial(_once, name, partial(plan.backward, backward_op)),
         setup_context=plan.setup_context,
         lib=LIBRARY,
     )
@@ -146,6 +146,26 @@ def _is_traced() -> bool:
 
 
 _DENSE = (torch.Tensor, torch.nn.Parameter)
+
+
+def _once(name: str, backward: Run, ctx: Any, *grads: Any) -> tuple[Any, ...]:
+    """Runs backward; with `create_graph`, gradients that say so when they are differentiated."""
+    if not torch.is_grad_enabled():
+        return backward(ctx, *grads)
+    with torch.no_grad():
+        gradients = backward(ctx, *grads)
+    tensors = [gradient for gradient in _flat(gradients) if gradient is not None]
+    said = f"tiue::{name} has no second derivative: take torch's own operators where one is needed"
+    mark_all = torch._C._functions.DelayedError(said.encode(), len(tensors))
+    made = mark_all(*(tensor.detach().requires_grad_() for tensor in tensors))
+    marked = iter(made if isinstance(made, tuple) else (made,))
+
+    def mark(gradient: Any) -> Any:
+        if isinstance(gradient, list):
+            return [mark(entry) for entry in gradient]
+        return None if gradient is None else next(marked)
+
+    return tuple(mark(gradient) for gradient in gradients)
 
 
 def _composition(name: str, run: Run, reference: Run, *args: Any) -> Any:
