@@ -28,7 +28,7 @@ from testing.shapes import (
     decoder,
 )
 from testing.tolerances import PRODUCT_FLOORS, ROUNDING_FLOORS
-from tiue_kernels import BackendError, use_backend
+from tiue_kernels import BackendError, dispatch, use_backend
 
 DEVICE = default_device()
 ON_GPU = DEVICE.type == "cuda"
@@ -36,7 +36,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.timeout(120)]
 needs_gpu = pytest.mark.skipif(not ON_GPU, reason="no CUDA device")
 
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
-AUTOMATIC = "automatic"  # compositions, whose parts choose for themselves
+AUTOMATIC = "automatic"  # compositions, whose parts choose for themselves, and what yields to torch
 PIXELS = (512, 1024, 256, 768)  # the usual sizes of picture first, should time run out
 SMALL: dict[str, Sizes] = {
     "odd-channels": Resnet(20, 10, 15, 3, 5, groups=3),
@@ -80,13 +80,20 @@ def layouts(operator: str, sizes: Sizes) -> tuple[str, ...]:
     return ("nchw", "nhwc") if has_maps and "layer_norm" not in operator else ("nchw",)
 
 
+def backends(operator: str) -> tuple[str, ...]:
+    """The kernels', and where those yield to torch's the table's own choice too."""
+    own = kernel_backends(operator)
+    yields = any(row.yields is not None for row in dispatch.TABLE.get(operator, {}).values())
+    return own if own and not yields else (*own, AUTOMATIC)
+
+
 def cases(pixels: int | None) -> Iterator[object]:
     """(operator, backend, dtype, layout, sizes) of the decoders at one size, or of small shapes."""
     for operator in OPERATORS:
         chosen = OPERATORS[operator].shapes(pixels) if pixels else small_shapes(operator)
-        for backend in kernel_backends(operator) or (AUTOMATIC,):
+        for backend in backends(operator):
             if backend == AUTOMATIC and pixels not in (None, 512):
-                continue  # made of what runs at every size
+                continue  # made of what runs at every size, or torch's
             for name, sizes in chosen.items():
                 for dtype, layout in forms(operator, sizes):
                     label = f"{operator}-{backend}-{dtype}-{layout}-{name}"

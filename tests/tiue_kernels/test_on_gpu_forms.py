@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from tests.tiue_kernels.calls import noise
+from tests.tiue_kernels.test_kernels_on_gpu import cases
 from tiue_kernels import dispatch
 from tiue_kernels.functional.convolutions import product_of_pixels
 from tiue_kernels.ops.upsample_conv2d import phases_at_once
@@ -53,3 +54,12 @@ def test_which_attention_is_left_to_torch(monkeypatch) -> None:
         assert chosen(8, 8) == "triton"
     assert dispatch.select("shared_skip_group_norm_silu", "fwd", (torch.empty(1),)) == "triton"
     dispatch.reset()
+
+
+def test_what_is_left_to_torch_is_tested_on_a_gpu_too() -> None:
+    """`make gpu` gives speedups where tests are green: none had run what self-attention takes."""
+    chosen = {case.id.split("-")[1] for case in cases(512) if "attention" in case.id}
+    assert chosen == {"cuda", "triton", "automatic"}
+    assert {case.id.split("-")[1] for case in cases(512) if case.id.startswith("geglu-")} == {
+        "triton"
+    }

@@ -84,6 +84,12 @@ def test_each_kernel_compiles_for_other_cards(table, target, tmp_path):
     assert own == {result["kernel"] for result in results.values()}
 
 
+def test_the_docs_count_every_kernel_that_is_compiled_for_other_cards():
+    count = sum("attention" not in kernel for kernel in KERNELS)
+    text = (ROOT / "docs" / "gpu_checks.md").read_text(encoding="utf-8")
+    assert f"| kernels compiled, of {count} |{f' {count} |' * len(OTHERS)}" in text
+
+
 @pytest.mark.timeout(900)
 def test_the_table_refuses_what_99_kib_of_shared_memory_do_not_hold(tmp_path):
     limit = dispatch.TABLE["cross_timestep_attention"]["triton"].limit
