@@ -17,6 +17,7 @@ from PIL import Image
 
 import tiue
 import tiue_kernels
+from tests import planted
 from tiue.openmoji.config import TEN_PROMPTS
 
 ROOT = Path(__file__).parents[1]
@@ -145,3 +146,13 @@ def test_a_package_index_gets_links_that_lead_somewhere():
     assert unknown == " by [a paper](https://arxiv.org), docs."
     own = (ROOT / "README.md").read_text("utf-8"), (ROOT / "pyproject.toml").read_text("utf-8")
     assert not re.search(r"\]\((?!https?:|#)", setup.description(*own))
+
+
+@pytest.mark.parametrize("fault", planted.FAULTS, ids=lambda fault: fault.what)
+def test_a_planted_fault_still_has_its_place(fault):
+    """`python -m tests.planted` takes minutes and is no part of the suite; docs list its faults."""
+    text = (ROOT / fault.file).read_text(encoding="utf-8")
+    assert text.count(fault.right) == 1
+    assert fault.right != fault.wrong
+    listed = (ROOT / "docs" / "gpu_checks.md").read_text(encoding="utf-8").replace("`", "")
+    assert f"{'CUDA' if 'csrc' in fault.file else 'Triton'}: {fault.what} |" in listed
