@@ -59,3 +59,18 @@ def test_of_a_whole_unet(name: str) -> None:
         assert type(unet) is UNet2DConditionModel
         assert torch.equal(unet(*call, **conditioning).sample, wanted)
     assert torch.equal(found, wanted)
+
+
+def test_gradients_of_the_sum_are_those_of_the_split_form() -> None:
+    """The reference gives the whole convolution in the rows, and splits its gradients."""
+    call = CALLS["shared_skip_group_norm_silu_conv2d"]  # which adds the two
+
+    def gradients() -> tuple[torch.Tensor, ...]:
+        inputs = [tensor.clone().requires_grad_() for tensor in call.tensors.values()]
+        (out,) = call.run(*inputs)
+        return torch.autograd.grad(out.square().sum(), inputs)
+
+    with use_backend("reference"):
+        found = gradients()
+    for own, wanted in zip(found, gradients(), strict=True):
+        torch.testing.assert_close(own, wanted, rtol=1e-10, atol=1e-10)

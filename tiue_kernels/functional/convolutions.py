@@ -158,7 +158,9 @@ def shared_skip_group_norm_silu_conv2d(
         padding: zeros added on each side.
 
     Returns:
-        [K*B, C_out, H', W'] and [B, C_out, H', W'], to be added row by row.
+        [K*B, C_out, H', W'] and [B, C_out, H', W'], to be added row by row. Gradients are right for
+        what depends on the sum alone: how it is split is the backend's affair, and the reference
+        gives it whole beside zeros.
 
     Raises:
         ValueError: the shapes do not fit together.
