@@ -204,6 +204,9 @@ class StoredPrompts:
         verify: Compare files with their checksums first, where they have changed since that was
             last done.
 
+    Attributes:
+        teacher: Whose text encoder they are of.
+
     Raises:
         InputError: If the folder is missing, incomplete, or a file is damaged.
     """
@@ -218,6 +221,7 @@ class StoredPrompts:
         if verify:
             _verify(folder, index)
         self._device, self._shard_size = device, index["shard_size"]
+        self.teacher: str = index["teacher"]
         try:
             with open(folder / _PROMPTS, encoding="utf-8") as file:
                 self.prompts: list[str] = [json.loads(line) for line in file]

@@ -4,6 +4,7 @@ VSD's loss says nothing of convergence: it is the distance between two teachers 
 """
 
 import json
+import shutil
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from PIL import Image
 from tiue.distill.checkpoint import Checkpoints
 from tiue.distill.config import DistillConfig
 from tiue.distill.loading import is_xl, resolve_teacher
+from tiue.distill.monitor import keep_lines_until
+from tiue.distill.settings import CONFIG, to_plain, write_config
 from tiue.errors import InputError
 from tiue.evaluate.evaluation import Settings, evaluate
 from tiue.evaluate.models import Model
@@ -75,11 +78,18 @@ class Evaluator:
         Raises:
             TiUEError: As `tiue evaluate`.
         """
-        config = self.config
+        config, main = self.config, self.accelerator.is_main_process
+        place = config.output / EVALUATIONS / f"step-{step:08d}"
+        if main:
+            # A run that went on from before this step, with other settings perhaps, made those of
+            # another student; `evaluate` would take them for its own.
+            shutil.rmtree(place, ignore_errors=True)
+            keep_lines_until(config.output / f"{EVALUATIONS}.jsonl", step - 1)
+        self.accelerator.wait_for_everyone()
         settings = Settings(
             protocol=self.protocol,
             metrics=[config.evaluate_metric],
-            output=config.output / EVALUATIONS / f"step-{step:08d}",
+            output=place,
             reference=config.evaluate_reference,
             prompts=config.evaluate_prompts,
             batch_size=config.batch_size,
@@ -91,7 +101,7 @@ class Evaluator:
         found = evaluate(settings, Model(self._draw, facts))
         figure = [None if found is None else found["figures"][config.evaluate_metric]]
         (figure,) = broadcast_object_list(figure)
-        if self.accelerator.is_main_process:
+        if main:
             line = {"step": step, config.evaluate_metric: figure}
             append_line(config.output / f"{EVALUATIONS}.jsonl", line)
             if config.trackers:
@@ -99,7 +109,7 @@ class Evaluator:
         return figure
 
     def keep_best(self, step: int, figure: float, checkpoints: Checkpoints, scheduler: Any) -> bool:
-        """Write the student to best/ if none that lies there has a better figure.
+        """Write the student to best/ if none there has a better figure of the same evaluation.
 
         Args:
             step: Student updates done.
@@ -124,14 +134,26 @@ class Evaluator:
         with whole_folder(place) as written:
             checkpoints.write_student(written / "unet", averaged=False)
             scheduler.save_pretrained(written / "scheduler")
-            write_json(written / BEST_FIGURE, {"step": step, self.config.evaluate_metric: figure})
+            write_config(self.config, written / CONFIG)  # names the teacher, for `tiue export`
+            found = {"step": step, self.config.evaluate_metric: figure, "measured": self._measured}
+            write_json(written / BEST_FIGURE, found)
         return True
+
+    @property
+    def _measured(self) -> dict[str, Any]:
+        """What two figures must share to be compared."""
+        names = ("evaluate_preset", "evaluate_prompts", "evaluate_reference", "evaluate_count")
+        settings = to_plain(self.config)
+        return {name: settings[name] for name in names}
 
     def _is_better(self, figure: float) -> bool:
         metric = self.config.evaluate_metric
         try:
-            best = json.loads((self.config.output / BEST / BEST_FIGURE).read_text())[metric]
+            known = json.loads((self.config.output / BEST / BEST_FIGURE).read_text())
+            best, measured = known[metric], known["measured"]
         except (OSError, ValueError, KeyError):
+            return True
+        if measured != self._measured:
             return True
         return figure < best if metric in _LESS_IS_BETTER else figure > best
 

@@ -15,7 +15,7 @@ def export_student(run: Path, output: Path, teacher: str | None = None) -> Path:
     """Write a student with its teacher's other parts as one diffusers pipeline folder.
 
     Args:
-        run: A run's output folder, or one of its `checkpoints/step-<n>`.
+        run: A run's output folder, its `best`, or one of its `checkpoints/step-<n>`.
         output: The folder to write; must not exist yet.
         teacher: Folder or hub id that text encoder, tokenizer and VAE come from; by default the
             one in the run's config.yaml.
@@ -25,7 +25,7 @@ def export_student(run: Path, output: Path, teacher: str | None = None) -> Path:
 
     Raises:
         CheckpointError: If the folder holds no student, or the teacher is no whole pipeline.
-        InputError: If the output exists.
+        InputError: If the output exists, or no teacher is named.
         OutputError: If it cannot be written.
     """
     if output.exists():
@@ -37,6 +37,8 @@ def export_student(run: Path, output: Path, teacher: str | None = None) -> Path:
             f"'{run}' holds no student (unet/ and scheduler/). Give the output folder of a "
             "finished `tiue distill`, or one of its checkpoints/step-<n>."
         )
+    if teacher is None and not (run / CONFIG).is_file():
+        raise InputError(f"'{run}' has no {CONFIG} that names its teacher: give it with --teacher.")
     teacher = teacher or load_config(run / CONFIG).teacher
     try:
         unet = UNet2DConditionModel.from_pretrained(run / names[0], use_safetensors=True)

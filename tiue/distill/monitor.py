@@ -71,7 +71,7 @@ class Monitor:
         self._score: dict[int, list[float]] = defaultdict(list)
         self._weights = timestep_weights.tolist()
         if self._main:
-            self._keep_log_until(step)
+            keep_lines_until(config.output / LOG, step)
         plain = {
             k: v if isinstance(v, int | float | str) else str(v)
             for k, v in to_plain(config).items()
@@ -180,19 +180,19 @@ class Monitor:
         self._score.clear()
         return figures
 
-    def _keep_log_until(self, step: int) -> None:
-        """Drop lines of steps that a resumed run makes again, and a line cut short by a crash."""
-        path = self.config.output / LOG
-        if not path.exists():
-            return
-        kept = []
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
-            except (ValueError, KeyError):
-                continue
-        write_file(path, lambda beside: beside.write_text("".join(kept), encoding="utf-8"))
+
+def keep_lines_until(path: Path, step: int) -> None:
+    """Drop lines of steps that a resumed run makes again, and a line cut short by a crash."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError):
+            continue
+    write_file(path, lambda beside: beside.write_text("".join(kept), encoding="utf-8"))
 
 
 def peak_memory(device: torch.device) -> int:

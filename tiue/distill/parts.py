@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator, DistributedType
@@ -76,6 +77,12 @@ def load_text(
     if config.embeddings is not None:
         verify = config.verify_embeddings and accelerator.is_local_main_process
         text = StoredPrompts(config.embeddings, device, verify)
+        if not _is_same_place(text.teacher, config.teacher):
+            logger.warning(
+                "The embeddings in '%s' are of '%s', and the teacher is '%s': they must have the "
+                "same text encoder, for no other is asked.",
+                *(config.embeddings, text.teacher, config.teacher),
+            )
     else:
         assert config.prompts is not None
         prompts = read_prompts(config.prompts, config.prompt_column, report)
@@ -88,6 +95,34 @@ def load_text(
         return text, (shown, text[torch.tensor([text.prompts.index(p) for p in shown])])
     encoder = encoder or loading.load_text_encoder(config.teacher, device)
     return text, (shown, encoder(shown))
+
+
+def _is_same_place(one: str, other: str) -> bool:
+    first, second = (Path(loading.resolve_teacher(name)).resolve() for name in (one, other))
+    return first == second
+
+
+def check_text(text: Text, unet: UNet2DConditionModel) -> None:
+    """See that embeddings are what a teacher's UNet reads.
+
+    Args:
+        text: The empty prompt's.
+        unet: The teacher's.
+
+    Raises:
+        InputError: If they are another text encoder's.
+    """
+    widths, given = unet.config.cross_attention_dim, text.tokens.shape[-1]
+    read = {widths} if isinstance(widths, int) else set(widths)
+    fits = unet.config.encoder_hid_dim is not None or read == {given}
+    pooled = text.pooled is not None
+    if not fits or pooled != (unet.config.addition_embed_type == "text_time"):
+        kinds = {True: "with SDXL's pooled text", False: "without pooled text"}
+        raise InputError(
+            f"The embeddings are of width {given}, {kinds[pooled]}; the teacher's UNet reads width "
+            f"{max(read)}, {kinds[unet.config.addition_embed_type == 'text_time']}. Write them of "
+            "this teacher with `tiue embed-text`, or give the prompts themselves."
+        )
 
 
 def load_student(config: DistillConfig, teacher: UNet2DConditionModel) -> TiUEUNet:

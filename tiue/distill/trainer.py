@@ -31,6 +31,7 @@ from tiue.distill.optimizers import build_optimizer, build_rate_schedule
 from tiue.distill.output import claim_output, clear_leftovers, find_checkpoint
 from tiue.distill.parts import (
     WEIGHT_TYPES,
+    check_text,
     compile_network,
     find_latent_shape,
     load_student,
@@ -112,6 +113,7 @@ class Trainer:
 
         torch.manual_seed(config.seed)  # for the LoRA's first weights
         teacher_unet = loading.load_unet(config.teacher, WEIGHT_TYPES[config.mixed_precision])
+        check_text(text.empty, teacher_unet)
         self.teacher = Teacher(
             teacher_unet.to(device), noise_schedule, config.lora_rank, config.lora_alpha
         )

@@ -3,17 +3,20 @@
 import json
 import shutil
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from tests.tiue.tiny import TEXT_DIM, TEXT_LENGTH
+from tests.tiue.tiny import TEXT_DIM, TEXT_LENGTH, tiny_scheduler, tiny_unet, tiny_xl_unet
 from tiue.cli import app
 from tiue.distill import distill, embeddings
 from tiue.distill.embeddings import StoredPrompts, embed_text
 from tiue.distill.loading import load_text_encoder
+from tiue.distill.parts import load_text
 from tiue.errors import InputError, OutputError
 from tiue.files import sha256
 
@@ -114,6 +117,30 @@ def test_a_run_on_embeddings_loads_no_text_encoder(make_config, folder, teacher_
     for own, expected in zip(*logs, strict=True):
         for name in ("kl", "lora", "grad_norm"):
             assert own[name] == pytest.approx(expected[name], rel=1e-3), name
+
+
+@pytest.mark.parametrize(
+    ("make_unet", "reads"),
+    [
+        (lambda: tiny_unet(cross_attention_dim=48), "reads width 48, without"),
+        (tiny_xl_unet, f"reads width {2 * TEXT_DIM}, with SDXL's"),
+    ],
+    ids=["width", "xl"],
+)
+def test_embeddings_that_the_teacher_cannot_read(make_config, folder, tmp_path, make_unet, reads):
+    make_unet().save_pretrained(tmp_path / "teacher" / "unet")
+    tiny_scheduler().save_pretrained(tmp_path / "teacher" / "scheduler")
+    config = make_config(teacher=str(tmp_path / "teacher"), prompts=None, embeddings=folder)
+    with pytest.raises(InputError, match=f"are of width {TEXT_DIM}, without.*{reads}.*embed-text"):
+        distill(config)
+
+
+def test_embeddings_of_another_teacher_are_told_of(make_config, folder, teacher_folder, caplog):
+    config = make_config(prompts=None, embeddings=folder)
+    for teacher, told in ((teacher_folder / ".." / teacher_folder.name, 0), (folder, 1)):
+        caplog.clear()
+        load_text(replace(config, teacher=str(teacher)), Accelerator(cpu=True), print)
+        assert caplog.text.count("they must have the same text encoder") == told
 
 
 @pytest.mark.parametrize(
