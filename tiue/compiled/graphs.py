@@ -6,7 +6,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from threading import Lock
+from threading import Lock, RLock
 from typing import Any, Protocol
 
 import torch
@@ -38,7 +38,7 @@ class Recorder(Protocol):
         """Whether calls on a device can be recorded now."""
 
     def in_order(self, device: torch.device) -> AbstractContextManager[None]:
-        """What runs inside starts when what ran inside before has ended, on whatever stream."""
+        """What runs inside starts when what ran before has ended, on any stream, in any thread."""
 
     def warm_up(self, run: Callable[[], torch.Tensor]) -> None:
         """Make a call until it compiles and allocates nothing new."""
@@ -61,6 +61,7 @@ class CudaRecorder:
 
     def __init__(self) -> None:
         self._pool: Any = None
+        self._turn = RLock()
         # Both belong to a device.
         self._done: dict[torch.device, torch.cuda.Event] = {}
         self._streams: dict[int, torch.cuda.Stream] = {}
@@ -70,7 +71,9 @@ class CudaRecorder:
 
     @contextmanager
     def in_order(self, device: torch.device) -> Iterator[None]:
-        with torch.cuda.device(device):
+        # The calls of a pipeline's UNet and VAE have a lock each, and one memory: a thread in one
+        # would not know of the event that another has yet to record for the other.
+        with self._turn, torch.cuda.device(device):
             if device not in self._done:
                 self._done[device] = torch.cuda.Event()
             torch.cuda.current_stream().wait_event(self._done[device])

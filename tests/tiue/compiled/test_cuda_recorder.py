@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import pytest
@@ -119,6 +121,22 @@ def test_a_capture_is_on_the_device_whose_work_it_records(cuda: StandInCuda) -> 
     assert cuda.capture_devices == [FIRST, SECOND, FIRST]
     # Graphs share a pool's memory where they are captured on one stream.
     assert len(recorder._streams) == 2
+
+
+def test_threads_take_turns(cuda: StandInCuda) -> None:
+    recorder, inside, most, other = CudaRecorder(), [], [], threading.Barrier(2)
+
+    def run(_: int) -> None:
+        with recorder.in_order(FIRST):
+            inside.append(1)
+            most.append(len(inside))
+            with suppress(threading.BrokenBarrierError):
+                other.wait(0.5)  # for the other thread, if it can come
+            inside.pop()
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(run, range(2)))
+    assert most == [1, 1]
 
 
 def test_other_threads_do_not_end_a_capture(cuda: StandInCuda) -> None:
