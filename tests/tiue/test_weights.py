@@ -175,7 +175,7 @@ def test_a_whole_model_draws_what_it_drew(stock):
         ("vae/config.json", {"scaling_factor": 0}, "scaling_factor is 0"),
         ("vae/config.json", {"scaling_factor": "1"}, "scaling_factor = '1'"),
         ("vae/config.json", {"scaling_factor": float("nan")}, "scaling_factor = nan"),
-        ("scheduler/scheduler_config.json", {"num_train_timesteps": 0}, ""),
+        ("scheduler/scheduler_config.json", {"num_train_timesteps": 0}, "out of bounds"),
     ],
 )
 def test_a_config_that_no_model_has(folder, file, changes, message):
