@@ -1,6 +1,7 @@
 """Runs of whole networks on the kernels."""
 
 import pytest
+import torch
 
 from tiue_kernels import dispatch
 
@@ -23,11 +24,12 @@ def served(monkeypatch) -> set[tuple[str, str]]:
 @pytest.fixture
 def wide_tiles(monkeypatch) -> None:
     """A row a program: with a group a program, the interpreter takes four times as long."""
+    from tiue_kernels.layout import memory_format
     from tiue_kernels.triton.group_norm import Plan, power_of_two
 
-    def a_row(operator, kernel, device, rows, num_groups, group_size, pixels, *_, held=1) -> Plan:
-        channels = power_of_two(num_groups * group_size)
-        return Plan(num_groups, power_of_two(num_groups), channels, power_of_two(pixels), 1, 4)
+    def a_row(operator, kernel, maps, rows, num_groups, group_size, held) -> tuple[bool, Plan]:
+        blocks = map(power_of_two, (num_groups, num_groups * group_size, maps.shape[2:].numel()))
+        return memory_format(maps) == torch.channels_last, Plan(num_groups, *blocks, 1, 4)
 
     for name in ("shared_skip", "broadcast_add"):
         monkeypatch.setattr(f"tiue_kernels.triton.{name}_group_norm_silu.tuned_plan", a_row)

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from tiue_kernels.layout import like, memory_format
+from tiue_kernels.layout import like
 from tiue_kernels.triton.group_norm import (
     Plan,
     by_channel,
@@ -17,12 +17,12 @@ from tiue_kernels.triton.group_norm import (
     memberships,
     merge_moments,
     new_maps,
+    own_tile,
     partials,
     reciprocal_deviation,
     silu,
     silu_slope,
     store_statistics,
-    tile_axes,
     tile_moments,
     tile_moments_of,
     tile_offsets,
@@ -61,15 +61,10 @@ def _forward_kernel(
     CHANNELS_LAST: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
-    unit = tl.program_id(0) // splits
-    split = tl.program_id(0) % splits
-    chunks = tl.cdiv(num_groups, GROUPS)
-    row = unit // chunks
-    channels = num_groups * GROUP_SIZE
-    offs_g, mask_g, offs_c, mask_c, offs_p, mask_p = tile_axes(
-        unit % chunks, split, num_groups, pixels, GROUPS, GROUP_SIZE, BLOCK_G, BLOCK_C, BLOCK_P
+    row, split, offs_g, mask_g, offs_c, mask_c, offs_p, mask = own_tile(
+        num_groups, pixels, splits, GROUPS, GROUP_SIZE, BLOCK_G, BLOCK_C, BLOCK_P
     )
-    mask = mask_c[:, None] & mask_p[None, :]
+    channels = num_groups * GROUP_SIZE
     member = memberships(GROUP_SIZE, BLOCK_G, BLOCK_C)
     count = 1.0 * pixels * GROUP_SIZE
     x = load_sum(
@@ -160,15 +155,10 @@ def _sums_kernel(
     SCALE_SHIFT: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
 ):
-    unit = tl.program_id(0) // splits
-    split = tl.program_id(0) % splits
-    chunks = tl.cdiv(num_groups, GROUPS)
-    row = unit // chunks
-    channels = num_groups * GROUP_SIZE
-    _, _, offs_c, mask_c, offs_p, mask_p = tile_axes(
-        unit % chunks, split, num_groups, pixels, GROUPS, GROUP_SIZE, BLOCK_G, BLOCK_C, BLOCK_P
+    row, split, _, _, offs_c, mask_c, offs_p, mask = own_tile(
+        num_groups, pixels, splits, GROUPS, GROUP_SIZE, BLOCK_G, BLOCK_C, BLOCK_P
     )
-    mask = mask_c[:, None] & mask_p[None, :]
+    channels = num_groups * GROUP_SIZE
     weight, bias = _row_affine(
         weight_ptr, bias_ptr, embedding_ptr, row, offs_c, mask_c, channels, SCALE_SHIFT
     )
@@ -217,15 +207,10 @@ def _backward_kernel(
     CHANNELS_LAST: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
-    unit = tl.program_id(0) // splits
-    split = tl.program_id(0) % splits
-    chunks = tl.cdiv(num_groups, GROUPS)
-    sample = unit // chunks
-    channels = num_groups * GROUP_SIZE
-    _, _, offs_c, mask_c, offs_p, mask_p = tile_axes(
-        unit % chunks, split, num_groups, pixels, GROUPS, GROUP_SIZE, BLOCK_G, BLOCK_C, BLOCK_P
+    sample, split, _, _, offs_c, mask_c, offs_p, mask = own_tile(
+        num_groups, pixels, splits, GROUPS, GROUP_SIZE, BLOCK_G, BLOCK_C, BLOCK_P
     )
-    mask = mask_c[:, None] & mask_p[None, :]
+    channels = num_groups * GROUP_SIZE
     offsets = tile_offsets(offs_c, offs_p, channels, pixels, CHANNELS_LAST)
     member = memberships(GROUP_SIZE, BLOCK_G, BLOCK_C)
     count = 1.0 * pixels * GROUP_SIZE
@@ -400,21 +385,12 @@ def _prepare(
 ) -> tuple[torch.Tensor | None, torch.Tensor, bool, Plan]:
     """Dense maps in the format of the rows, whether that is channels_last, and the tiles."""
     if hidden is None:
-        shared = like(shared, shared)
+        wanted = shared = like(shared, shared)
     else:
-        hidden = like(hidden, hidden)
+        wanted = hidden = like(hidden, hidden)
         shared = like(shared, hidden)
-    wanted = shared if hidden is None else hidden
-    channels_last = memory_format(wanted) == torch.channels_last
-    tiles = tuned_plan(
-        "broadcast_add_group_norm_silu",
-        "forward" if held == 1 else "backward",
-        shared.device,
-        rows,
-        num_groups,
-        shared.shape[1] // num_groups,
-        shared.shape[2:].numel(),
-        channels_last,
-        held,
+    kernel, group_size = "forward" if held == 1 else "backward", shared.shape[1] // num_groups
+    channels_last, tiles = tuned_plan(
+        "broadcast_add_group_norm_silu", kernel, wanted, rows, num_groups, group_size, held
     )
     return hidden, shared, channels_last, tiles

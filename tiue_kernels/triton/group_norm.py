@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from tiue_kernels import configs
+from tiue_kernels.layout import memory_format
 from tiue_kernels.triton.launch import bound, power_of_two
 
 # Elements of a tile that holds a group whole (32 a thread of 16 warps), and of one that does not
@@ -59,22 +60,22 @@ class Plan(NamedTuple):
 def tuned_plan(
     operator: str,
     kernel: str,
-    device: torch.device,
+    maps: torch.Tensor,
     rows: int,
     num_groups: int,
     group_size: int,
-    pixels: int,
-    channels_last: bool,
-    held: int = 1,
-) -> Plan:
-    """The tiles of `plan`, or those that were tuned for the device.
+    held: int,
+) -> tuple[bool, Plan]:
+    """Whether dense maps lie in channels_last, and their tiles: those of `plan`, or tuned ones.
 
     `kernel` is "forward" or "backward"; the rest is what `plan` takes.
     """
+    device, pixels = maps.device, maps.shape[2:].numel()
+    channels_last = memory_format(maps) == torch.channels_last
     multiprocessors = configs.multiprocessors(device)
     own = plan(rows, num_groups, group_size, pixels, channels_last, held, multiprocessors)
     if not configs.has_choice(operator, device):
-        return own
+        return channels_last, own
     bucket = (
         f"{kernel}-{'nhwc' if channels_last else 'nchw'}-rows{power_of_two(rows)}"
         f"-groups{num_groups}x{group_size}-pixels{power_of_two(pixels)}"
@@ -82,10 +83,11 @@ def tuned_plan(
     heuristic = {"groups": own.groups, "block_p": own.block_p, "num_warps": own.num_warps}
     chosen = configs.choose(operator, bucket, heuristic, device)
     if chosen is heuristic:
-        return own
+        return channels_last, own
     groups, block_p = min(chosen["groups"], num_groups), chosen["block_p"]
     blocks = (power_of_two(groups), power_of_two(groups * group_size))
-    return Plan(groups, *blocks, block_p, -(-pixels // block_p), chosen["num_warps"])
+    splits = -(-pixels // block_p)
+    return channels_last, Plan(groups, *blocks, block_p, splits, chosen["num_warps"])
 
 
 def plan(
@@ -155,6 +157,21 @@ def tile_axes(chunk, split, num_groups, pixels, GROUPS: tl.constexpr, GROUP_SIZE
     mask_c = (tl.arange(0, BLOCK_C) < GROUPS * GROUP_SIZE) & (offs_c < num_groups * GROUP_SIZE)
     offs_p = split * BLOCK_P + tl.arange(0, BLOCK_P)
     return offs_g, mask_g, offs_c, mask_c, offs_p, offs_p < pixels
+
+
+@triton.jit
+def own_tile(num_groups, pixels, splits, GROUPS: tl.constexpr, GROUP_SIZE: tl.constexpr,
+             BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):  # fmt: skip
+    """Row and split of a program's tile, its axes as of `tile_axes`, and the mask of both axes."""
+    unit = tl.program_id(0) // splits
+    split = tl.program_id(0) % splits
+    chunks = tl.cdiv(num_groups, GROUPS)
+    row = unit // chunks
+    offs_g, mask_g, offs_c, mask_c, offs_p, mask_p = tile_axes(
+        unit % chunks, split, num_groups, pixels, GROUPS, GROUP_SIZE, BLOCK_G, BLOCK_C, BLOCK_P
+    )
+    mask = mask_c[:, None] & mask_p[None, :]
+    return row, split, offs_g, mask_g, offs_c, mask_c, offs_p, mask
 
 
 @triton.jit
@@ -285,14 +302,9 @@ def moments_kernel(
     HAS_EMBEDDING: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
 ):
-    unit = tl.program_id(0) // splits
-    split = tl.program_id(0) % splits
-    chunks = tl.cdiv(num_groups, GROUPS)
-    row = unit // chunks
-    offs_g, mask_g, offs_c, mask_c, offs_p, mask_p = tile_axes(
-        unit % chunks, split, num_groups, pixels, GROUPS, GROUP_SIZE, BLOCK_G, BLOCK_C, BLOCK_P
+    row, split, offs_g, mask_g, offs_c, mask_c, offs_p, mask = own_tile(
+        num_groups, pixels, splits, GROUPS, GROUP_SIZE, BLOCK_G, BLOCK_C, BLOCK_P
     )
-    mask = mask_c[:, None] & mask_p[None, :]
     x = load_sum(
         hidden_ptr, shared_ptr, embedding_ptr, row, batch, offs_c, mask_c, offs_p, mask,
         num_groups * GROUP_SIZE, pixels, HAS_HIDDEN, HAS_SHARED, HAS_EMBEDDING, CHANNELS_LAST,

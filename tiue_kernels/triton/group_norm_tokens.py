@@ -6,9 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
-from tiue_kernels.layout import like, memory_format
+from tiue_kernels.layout import like
 from tiue_kernels.triton.group_norm import (
-    Plan,
     by_channel,
     group_terms,
     load_affine,
@@ -16,10 +15,10 @@ from tiue_kernels.triton.group_norm import (
     memberships,
     merge_moments,
     new_maps,
+    own_tile,
     partials,
     reciprocal_deviation,
     store_statistics,
-    tile_axes,
     tile_moments,
     tile_moments_of,
     tile_offsets,
@@ -51,14 +50,9 @@ def _forward_kernel(
     CHANNELS_LAST: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
-    unit = tl.program_id(0) // splits
-    split = tl.program_id(0) % splits
-    chunks = tl.cdiv(num_groups, GROUPS)
-    row = unit // chunks
-    offs_g, mask_g, offs_c, mask_c, offs_p, mask_p = tile_axes(
-        unit % chunks, split, num_groups, pixels, GROUPS, GROUP_SIZE, BLOCK_G, BLOCK_C, BLOCK_P
+    row, split, offs_g, mask_g, offs_c, mask_c, offs_p, mask = own_tile(
+        num_groups, pixels, splits, GROUPS, GROUP_SIZE, BLOCK_G, BLOCK_C, BLOCK_P
     )
-    mask = mask_c[:, None] & mask_p[None, :]
     channels = num_groups * GROUP_SIZE
     start = row.to(tl.int64) * channels * pixels
     offsets = tile_offsets(offs_c, offs_p, channels, pixels, CHANNELS_LAST)
@@ -82,68 +76,18 @@ def _forward_kernel(
     tl.store(out_ptr + start + offsets, out, mask=mask)
 
 
-@triton.jit
-def _load_both(grad_ptr, x_ptr, stats_ptr, row, rows, num_groups, pixels, offs_c, mask_c, offs_p,
-               mask_p, GROUP_SIZE: tl.constexpr, CHANNELS_LAST: tl.constexpr):  # fmt: skip
-    """Gradient and normalised x, float32 tiles, 0 outside; rstd [BLOCK_C]."""
-    mask = mask_c[:, None] & mask_p[None, :]
-    channels = num_groups * GROUP_SIZE
-    start = row.to(tl.int64) * channels * pixels
-    offsets = tile_offsets(offs_c, offs_p, channels, pixels, CHANNELS_LAST)
-    x = tl.load(x_ptr + start + offsets, mask=mask, other=0.0).to(tl.float32)
-    offsets = tile_offsets(offs_c, offs_p, channels, pixels, True)
-    grad = tl.load(grad_ptr + start + offsets, mask=mask, other=0.0).to(tl.float32)
-    mean, rstd = load_statistics(stats_ptr, rows, row, num_groups, offs_c, mask_c, GROUP_SIZE)
-    normal = tl.where(mask, (x - mean[:, None]) * rstd[:, None], 0.0)
-    return grad, normal, rstd
-
-
-# One program sums a tile's gradient, and its product with the normalised x, over the pixels: to
-# sums [2, rows, channels, splits].
-@triton.jit
-def _sums_kernel(
-    grad_ptr,
-    x_ptr,
-    stats_ptr,
-    sums_ptr,
-    plane,
-    rows,
-    num_groups,
-    pixels,
-    splits,
-    GROUP_SIZE: tl.constexpr,
-    GROUPS: tl.constexpr,
-    BLOCK_G: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-):
-    unit = tl.program_id(0) // splits
-    split = tl.program_id(0) % splits
-    chunks = tl.cdiv(num_groups, GROUPS)
-    row = unit // chunks
-    _, _, offs_c, mask_c, offs_p, mask_p = tile_axes(
-        unit % chunks, split, num_groups, pixels, GROUPS, GROUP_SIZE, BLOCK_G, BLOCK_C, BLOCK_P
-    )
-    grad, normal, _ = _load_both(
-        grad_ptr, x_ptr, stats_ptr, row, rows, num_groups, pixels, offs_c, mask_c, offs_p, mask_p,
-        GROUP_SIZE, CHANNELS_LAST,
-    )  # fmt: skip
-    place = (row.to(tl.int64) * num_groups * GROUP_SIZE + offs_c) * splits + split
-    tl.store(sums_ptr + place, tl.sum(grad, axis=1), mask=mask_c)
-    tl.store(sums_ptr + plane + place, tl.sum(grad * normal, axis=1), mask=mask_c)
-
-
-# One program writes the gradient of one tile of x.
+# One program works on one tile. FIRST pass: it sums the gradient, and its product with the
+# normalised x, over the tile's pixels, float32, to sums [2, rows, channels, splits]. Second pass:
+# it writes the gradient at x, from the sums [2, rows, channels].
 @triton.jit
 def _backward_kernel(
     grad_ptr,
     x_ptr,
+    weight_ptr,
     stats_ptr,
     sums_ptr,
-    plane,
-    weight_ptr,
     grad_x_ptr,
+    plane,
     rows,
     num_groups,
     pixels,
@@ -154,30 +98,33 @@ def _backward_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
+    FIRST: tl.constexpr,
 ):
-    unit = tl.program_id(0) // splits
-    split = tl.program_id(0) % splits
-    chunks = tl.cdiv(num_groups, GROUPS)
-    row = unit // chunks
-    _, _, offs_c, mask_c, offs_p, mask_p = tile_axes(
-        unit % chunks, split, num_groups, pixels, GROUPS, GROUP_SIZE, BLOCK_G, BLOCK_C, BLOCK_P
+    row, split, _, _, offs_c, mask_c, offs_p, mask = own_tile(
+        num_groups, pixels, splits, GROUPS, GROUP_SIZE, BLOCK_G, BLOCK_C, BLOCK_P
     )
-    grad, normal, rstd = _load_both(
-        grad_ptr, x_ptr, stats_ptr, row, rows, num_groups, pixels, offs_c, mask_c, offs_p, mask_p,
-        GROUP_SIZE, CHANNELS_LAST,
-    )  # fmt: skip
     channels = num_groups * GROUP_SIZE
-    place = row.to(tl.int64) * channels + offs_c
-    grad_sum = tl.load(sums_ptr + place, mask=mask_c, other=0.0)
-    product_sum = tl.load(sums_ptr + plane + place, mask=mask_c, other=0.0)
-    weight = tl.load(weight_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
-    member = memberships(GROUP_SIZE, BLOCK_G, BLOCK_C)
-    constant, factor = group_terms(grad_sum, product_sum, weight, member, 1.0 * pixels * GROUP_SIZE)
-    grad_x = weight[:, None] * grad - constant[:, None] - factor[:, None] * normal
-    offsets = tile_offsets(offs_c, offs_p, channels, pixels, CHANNELS_LAST)
     start = row.to(tl.int64) * channels * pixels
-    mask = mask_c[:, None] & mask_p[None, :]
-    tl.store(grad_x_ptr + start + offsets, rstd[:, None] * grad_x, mask=mask)
+    offsets = tile_offsets(offs_c, offs_p, channels, pixels, CHANNELS_LAST)
+    x = tl.load(x_ptr + start + offsets, mask=mask, other=0.0).to(tl.float32)
+    token_offsets = tile_offsets(offs_c, offs_p, channels, pixels, True)
+    grad = tl.load(grad_ptr + start + token_offsets, mask=mask, other=0.0).to(tl.float32)
+    mean, rstd = load_statistics(stats_ptr, rows, row, num_groups, offs_c, mask_c, GROUP_SIZE)
+    normal = tl.where(mask, (x - mean[:, None]) * rstd[:, None], 0.0)
+    place = row.to(tl.int64) * channels + offs_c
+    if FIRST:
+        sums = sums_ptr + place * splits + split
+        tl.store(sums, tl.sum(grad, axis=1), mask=mask_c)
+        tl.store(sums + plane, tl.sum(grad * normal, axis=1), mask=mask_c)
+    else:
+        grad_sum = tl.load(sums_ptr + place, mask=mask_c, other=0.0)
+        product_sum = tl.load(sums_ptr + plane + place, mask=mask_c, other=0.0)
+        weight = tl.load(weight_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
+        member = memberships(GROUP_SIZE, BLOCK_G, BLOCK_C)
+        count = 1.0 * pixels * GROUP_SIZE
+        constant, factor = group_terms(grad_sum, product_sum, weight, member, count)
+        slope = weight[:, None] * grad - constant[:, None] - factor[:, None] * normal
+        tl.store(grad_x_ptr + start + offsets, slope * rstd[:, None], mask=mask)
 
 
 def group_norm_tokens_fwd(
@@ -189,7 +136,8 @@ def group_norm_tokens_fwd(
     if not x.numel():
         return out, stats
     x = like(x, x)
-    channels_last, tiles = _prepare(x, num_groups, held=1)
+    shape = (rows, num_groups, channels // num_groups)
+    channels_last, tiles = tuned_plan("group_norm_tokens", "forward", x, *shape, held=1)
     with on_device_of(x):
         partial = None
         if not tiles.whole:
@@ -216,11 +164,12 @@ def group_norm_tokens_bwd(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     rows, channels, pixels = x.shape[0], x.shape[1], x.shape[2:].numel()
     x = like(x, x)
-    channels_last, tiles = _prepare(x, num_groups, held=2)
+    shape = (rows, num_groups, channels // num_groups)
+    channels_last, tiles = tuned_plan("group_norm_tokens", "backward", x, *shape, held=2)
     grad_x = new_maps(x, channels_last, *x.shape)
     if not x.numel():
         return grad_x, torch.zeros_like(weight), torch.zeros_like(bias)
-    inputs = (grad_out.contiguous(), x, stats.contiguous())
+    inputs = (grad_out.contiguous(), x, weight.contiguous(), stats.contiguous())
     sizes = (rows, num_groups, pixels, tiles.splits)
     options = {
         "GROUP_SIZE": channels // num_groups,
@@ -230,20 +179,12 @@ def group_norm_tokens_bwd(
     tile_sums = partials(x, 2, rows, channels, tiles.splits)
     grid = (tiles.programs(rows, num_groups),)
     with on_device_of(x):
-        _sums_kernel[grid](*inputs, tile_sums, tile_sums[0].numel(), *sizes, **options)
+        _backward_kernel[grid](
+            *inputs, tile_sums, grad_x, tile_sums[0].numel(), *sizes, FIRST=True, **options
+        )
         sums = tile_sums.sum(3)
         _backward_kernel[grid](
-            *inputs, sums, sums[0].numel(), weight.contiguous(), grad_x, *sizes, **options
+            *inputs, sums, grad_x, sums[0].numel(), *sizes, FIRST=False, **options
         )
     grad_bias, grad_weight = sums.sum(1)
     return grad_x, grad_weight.to(weight.dtype), grad_bias.to(bias.dtype)
-
-
-def _prepare(x: torch.Tensor, num_groups: int, held: int) -> tuple[bool, Plan]:
-    """Whether a dense map lies in channels_last, and the tiles."""
-    channels_last = memory_format(x) == torch.channels_last
-    kernel = "forward" if held == 1 else "backward"
-    sizes = (x.shape[0], num_groups, x.shape[1] // num_groups, x.shape[2:].numel())
-    return channels_last, tuned_plan(
-        "group_norm_tokens", kernel, x.device, *sizes, channels_last, held
-    )

@@ -10,9 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
-from tiue_kernels.layout import like, memory_format
+from tiue_kernels.layout import like
 from tiue_kernels.triton.group_norm import (
-    Plan,
     by_channel,
     group_terms,
     load_affine,
@@ -369,14 +368,13 @@ class _Shape:
     ) -> None:
         rows, batch = len(hidden), len(skip)
         group_size = (hidden.shape[1] + skip.shape[1]) // num_groups
-        pixels = hidden.shape[2:].numel()
-        self.channels_last = memory_format(hidden) == torch.channels_last
         self.hidden_groups = -(-hidden.shape[1] // group_size)
         self.skip_groups = num_groups - self.hidden_groups
         self.border = self.hidden_groups * group_size
-        sizes = (rows, num_groups, group_size, pixels, self.channels_last, held)
         kernel = "forward" if held == 1 else "backward"
-        self.tiles: Plan = tuned_plan("shared_skip_group_norm_silu", kernel, hidden.device, *sizes)
+        self.channels_last, self.tiles = tuned_plan(
+            "shared_skip_group_norm_silu", kernel, hidden, rows, num_groups, group_size, held
+        )
         self.grid = (
             self.tiles.programs(rows, self.hidden_groups)
             + self.tiles.programs(batch, self.skip_groups),
@@ -388,7 +386,7 @@ class _Shape:
             skip.shape[1],
             self.hidden_groups,
             self.skip_groups,
-            pixels,
+            hidden.shape[2:].numel(),
             self.tiles.splits,
         )
         self.options = {

@@ -6,9 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
-from tiue_kernels.layout import like, memory_format
+from tiue_kernels.layout import like
 from tiue_kernels.triton.group_norm import (
-    Plan,
     by_channel,
     group_terms,
     load_affine,
@@ -16,12 +15,12 @@ from tiue_kernels.triton.group_norm import (
     memberships,
     merge_moments,
     new_maps,
+    own_tile,
     partials,
     reciprocal_deviation,
     silu,
     silu_slope,
     store_statistics,
-    tile_axes,
     tile_moments,
     tile_moments_of,
     tile_offsets,
@@ -57,15 +56,10 @@ def _forward_kernel(
     CHANNELS_LAST: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
-    unit = tl.program_id(0) // splits
-    split = tl.program_id(0) % splits
-    chunks = tl.cdiv(num_groups, GROUPS)
-    sample = unit // chunks
-    channels = num_groups * GROUP_SIZE
-    offs_g, mask_g, offs_c, mask_c, offs_p, mask_p = tile_axes(
-        unit % chunks, split, num_groups, pixels, GROUPS, GROUP_SIZE, BLOCK_G, BLOCK_C, BLOCK_P
+    sample, split, offs_g, mask_g, offs_c, mask_c, offs_p, mask = own_tile(
+        num_groups, pixels, splits, GROUPS, GROUP_SIZE, BLOCK_G, BLOCK_C, BLOCK_P
     )
-    mask = mask_c[:, None] & mask_p[None, :]
+    channels = num_groups * GROUP_SIZE
     offsets = tile_offsets(offs_c, offs_p, channels, pixels, CHANNELS_LAST)
     member = memberships(GROUP_SIZE, BLOCK_G, BLOCK_C)
     count = 1.0 * pixels * GROUP_SIZE
@@ -121,15 +115,10 @@ def _backward_kernel(
     WHOLE: tl.constexpr,
     FIRST: tl.constexpr,
 ):
-    unit = tl.program_id(0) // splits
-    split = tl.program_id(0) % splits
-    chunks = tl.cdiv(num_groups, GROUPS)
-    row = unit // chunks
-    channels = num_groups * GROUP_SIZE
-    _, _, offs_c, mask_c, offs_p, mask_p = tile_axes(
-        unit % chunks, split, num_groups, pixels, GROUPS, GROUP_SIZE, BLOCK_G, BLOCK_C, BLOCK_P
+    row, split, _, _, offs_c, mask_c, offs_p, mask = own_tile(
+        num_groups, pixels, splits, GROUPS, GROUP_SIZE, BLOCK_G, BLOCK_C, BLOCK_P
     )
-    mask = mask_c[:, None] & mask_p[None, :]
+    channels = num_groups * GROUP_SIZE
     offsets = tile_offsets(offs_c, offs_p, channels, pixels, CHANNELS_LAST)
     weight, bias = load_affine(weight_ptr, bias_ptr, offs_c, mask_c)
     mean, rstd = load_statistics(stats_ptr, rows, row, num_groups, offs_c, mask_c, GROUP_SIZE)
@@ -169,8 +158,12 @@ def timestep_sum_group_norm_silu_fwd(
     bias: torch.Tensor,
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    hidden, channels_last, tiles = _prepare(hidden, num_groups, "forward")
+    hidden = like(hidden, hidden)
     rows, batch = len(hidden), len(hidden) // len(coefficients)
+    shape = (rows, num_groups, hidden.shape[1] // num_groups)
+    channels_last, tiles = tuned_plan(
+        "timestep_sum_group_norm_silu", "forward", hidden, *shape, held=2
+    )
     out = new_maps(hidden, channels_last, batch, *hidden.shape[1:])
     stats = partials(hidden, 2, rows, num_groups)
     if not out.numel():
@@ -211,8 +204,12 @@ def timestep_sum_group_norm_silu_bwd(
     bias: torch.Tensor,
     stats: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    hidden, channels_last, tiles = _prepare(hidden, num_groups, "backward")
+    hidden = like(hidden, hidden)
     rows, channels = hidden.shape[:2]
+    shape = (rows, num_groups, channels // num_groups)
+    channels_last, tiles = tuned_plan(
+        "timestep_sum_group_norm_silu", "backward", hidden, *shape, held=2
+    )
     timesteps = len(coefficients)
     grad_hidden = new_maps(hidden, channels_last, *hidden.shape)
     tile_sums = sums = partials(hidden, 3, rows, channels, tiles.splits)
@@ -251,14 +248,3 @@ def timestep_sum_group_norm_silu_bwd(
         grad_weight.to(weight.dtype),
         grad_bias.to(bias.dtype),
     )
-
-
-def _prepare(hidden: torch.Tensor, num_groups: int, kernel: str) -> tuple[torch.Tensor, bool, Plan]:
-    """Dense maps, whether they are channels_last, and the tiles."""
-    hidden = like(hidden, hidden)
-    rows, channels = hidden.shape[:2]
-    channels_last = memory_format(hidden) == torch.channels_last
-    pixels = hidden.shape[2:].numel()
-    sizes = (rows, num_groups, channels // num_groups, pixels, channels_last)
-    tiles = tuned_plan("timestep_sum_group_norm_silu", kernel, hidden.device, *sizes, held=2)
-    return hidden, channels_last, tiles
