@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import hashlib
 import html
 import io
 import secrets
@@ -17,7 +18,8 @@ from fastapi import FastAPI
 from gradio.utils import get_upload_folder
 from PIL import Image
 
-from tiue.errors import InputError
+from tiue.errors import InputError, OutputError
+from tiue.files import write_file
 from tiue.serve.batching import ClosedError, QueueFullError
 from tiue.serve.engine import MAX_DECODER_STEPS, MAX_GUIDANCE, TEACHER, Drawing, Picture
 from tiue.serve.limits import Limits
@@ -252,7 +254,7 @@ def add_page(app: FastAPI, service: Service) -> FastAPI:
 
 
 def _gallery(label: str, columns: int, visible: bool = True) -> gr.Gallery:
-    return gr.Gallery(
+    gallery = gr.Gallery(
         label=label,
         visible=visible,
         elem_classes="pictures",
@@ -263,6 +265,33 @@ def _gallery(label: str, columns: int, visible: bool = True) -> gr.Gallery:
         interactive=False,
         buttons=["download", "fullscreen"],
     )
+    postprocess = gallery.postprocess
+
+    def stored(value: Any) -> Any:
+        """As gradio's, but a full disk leaves no half of a file and spoils none that is shown."""
+        try:
+            folder = Path(gallery.GRADIO_CACHE)
+            return postprocess([(_store(image, folder), text) for image, text in value or ()])
+        except OutputError as error:
+            raise gr.Error(
+                "this machine cannot store the pictures (its disk may be full); the history in"
+                " this browser is as it was. Make room and draw again",
+                print_exception=False,
+            ) from error
+
+    gallery.postprocess = stored
+    return gallery
+
+
+def _store(image: Image.Image, folder: Path) -> str:
+    """Where a picture lies as a PNG file, whole."""
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    data = file.getvalue()
+    path = folder / hashlib.sha256(data).hexdigest() / "image.png"
+    if not path.exists():
+        write_file(path, lambda beside: beside.write_bytes(data))
+    return str(path)
 
 
 def _whole(name: str, number: Any) -> int:

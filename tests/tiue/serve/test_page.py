@@ -2,8 +2,12 @@
 
 import json
 import re
+import resource
 import urllib.request
+from contextlib import contextmanager
+from pathlib import Path
 
+import gradio as gr
 import numpy as np
 import playwright.sync_api as playwright
 import pytest
@@ -11,8 +15,9 @@ from PIL import Image
 
 from benchmarks.browser import PHONE, WIDE, find_chromium, open_page
 from tests.tiue.serve.conftest import ROOT, Slow, hosted, tiny_engine
+from tiue.serve.engine import Drawing
 from tiue.serve.limits import Limits
-from tiue.serve.page import _entries
+from tiue.serve.page import _entries, _gallery
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +72,35 @@ def test_a_prompt_is_drawn_an_error_told_and_the_history_kept(chromium, address,
         assert page.evaluate(width) <= size["width"]
         # Nothing left this machine, nothing failed, nothing was said on the console.
         assert wrong == []
+
+
+@contextmanager
+def full_disk():
+    """No file of this process can have more than a few bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (16, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_is_one_sentence_and_spoils_no_picture(engine, tmp_path, monkeypatch):
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    gallery = _gallery("Pictures", columns=4)
+    drawn = engine.draw([engine.check(Drawing("apple", seed)) for seed in (1, 2)])
+    first, second = ([(picture.image, "it")] for picture in drawn)
+    shown = Path(gallery.postprocess(first).root[0].image.path)
+    whole = shown.read_bytes()
+    with full_disk():
+        with pytest.raises(gr.Error, match="cannot store the pictures"):
+            gallery.postprocess(second)
+        again = gallery.postprocess(first)  # there already, and not written over
+    assert Path(again.root[0].image.path) == shown
+    assert shown.read_bytes() == whole
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [shown]
+    stored = gallery.postprocess(second).root[0].image.path
+    np.testing.assert_array_equal(np.asarray(Image.open(stored)), np.asarray(drawn[1].image))
 
 
 def test_an_upload_is_drawn_over_and_a_bomb_is_not(chromium, address, tmp_path):
