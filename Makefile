@@ -13,7 +13,7 @@ BENCHES := one_pass block train_step pipeline transformer
 OPTIONS_train_step := --bench-rounds 2
 OPTIONS_transformer := --bench-rounds 3
 
-.PHONY: demo distill-demo test quick docs lint bench sweep gpu clean kernels
+.PHONY: demo distill-demo test test-ray quick docs lint bench sweep gpu clean kernels
 
 demo: $(VENV)/.installed-base
 	$(BIN)/tiue generate $(PROMPTS) --seed 0 --output out
@@ -42,6 +42,11 @@ docs: $(VENV)/.installed-docs
 # One thread a worker: two workers of one thread beat one worker of two on the suite's small shapes.
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal
+
+# Two replicas on this machine, one killed under load. Ray is large, and no part of `test`: where it
+# is not installed the suite skips this file.
+test-ray: $(VENV)/.installed-test $(VENV)/.installed-ray
+	RAY_USAGE_STATS_ENABLED=0 $(BIN)/python -m pytest tests/tiue/serve/test_ray.py
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check $(SOURCES)

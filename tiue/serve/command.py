@@ -17,7 +17,7 @@ from tiue.terminal import say
 if TYPE_CHECKING:
     from tiue.serve.engine import Engine
 
-_LOCAL = ("127.0.0.1", "localhost", "::1")
+LOCAL = ("127.0.0.1", "localhost", "::1")
 
 
 def serve_command(
@@ -83,8 +83,8 @@ def serve_command(
     except ImportError as error:
         raise DependencyError(f"tiue serve needs pip install 'tiue[serve]' ({error})") from error
     engine = load_engine(request, teacher, limits, device, dtype, compile)
-    local = host in _LOCAL
-    hosts = [*_LOCAL, "[::1]", *(allowed_host or ())] if local or allowed_host else None
+    local = host in LOCAL
+    hosts = [*LOCAL, "[::1]", *(allowed_host or ())] if local or allowed_host else None
     service = Service(engine)
     app = make_app(service, hosts)
     if page:

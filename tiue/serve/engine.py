@@ -82,7 +82,72 @@ class Picture:
     batch: int
 
 
-class Engine:
+@dataclass
+class Rules:
+    """What may be asked of a model, wherever it is.
+
+    Attributes:
+        name: of the model, as clients are told it.
+        factor: pixels a latent, each way.
+        size: width and height of its own, in pixels.
+        limits: on what is asked.
+        models: `STUDENT`, and `TEACHER` where there is one.
+    """
+
+    name: str
+    factor: int
+    size: tuple[int, int]
+    limits: Limits
+    models: tuple[str, ...] = (STUDENT,)
+
+    def check(self, drawing: Drawing) -> Drawing:
+        """A drawing with its size filled in, if it may be drawn.
+
+        Raises:
+            InputError: it may not; the message says what may.
+        """
+        limits = self.limits
+        limits.check_text("the prompt", drawing.prompt)
+        limits.check_text("the negative prompt", drawing.negative_prompt)
+        check_unicode(drawing.prompt + drawing.negative_prompt)
+        if not drawing.prompt.strip():
+            raise InputError("the prompt is empty; say what to draw")
+        if drawing.model not in self.models:
+            raise InputError(f"there is no {drawing.model} here; there is {', '.join(self.models)}")
+        if not 0 <= drawing.seed <= MAX_SEED:
+            raise InputError(f"a seed is from 0 to {MAX_SEED}, got {drawing.seed}")
+        if not 1 <= drawing.num_decoder_steps <= MAX_DECODER_STEPS:
+            raise InputError(
+                f"K is from 1 to {MAX_DECODER_STEPS}, got {drawing.num_decoder_steps}: take what"
+                " the model was distilled for"
+            )
+        if not 0 <= drawing.guidance_scale <= MAX_GUIDANCE:  # NaN is in no range
+            raise InputError(f"guidance is from 0 to {MAX_GUIDANCE:g}")
+        if drawing.image is not None and not 0 < drawing.strength <= 1:
+            raise InputError("strength is above 0 and at most 1")
+        if drawing.image is not None and drawing.model == TEACHER:
+            raise InputError("the teacher draws from a prompt alone, over no picture")
+        sizes = [
+            self._side(name, wanted, own)
+            for name, wanted, own in zip(
+                ("width", "height"), (drawing.width, drawing.height), self.size, strict=True
+            )
+        ]
+        image = drawing.image if drawing.image is None else drawing.image.resize(sizes)
+        return replace(drawing, width=sizes[0], height=sizes[1], image=image)
+
+    def _side(self, name: str, wanted: int | None, own: int) -> int:
+        if wanted is None:
+            return own
+        most = self.limits.max_side or own
+        if wanted % self.factor or not self.factor <= wanted <= most:
+            raise InputError(
+                f"{name} is a multiple of {self.factor} from {self.factor} to {most}, got {wanted}"
+            )
+        return wanted
+
+
+class Engine(Rules):
     """A student, perhaps its teacher, and what may be asked of them.
 
     A picture's noise comes from its own seed, so that its company in a pass changes nothing but the
@@ -106,59 +171,22 @@ class Engine:
     ) -> None:
         from tiue.pipelines import one_pass
 
-        self.name = name
-        self.factor = pipe.vae_scale_factor
         own = pipe.unet.config.sample_size
         height, width = own if isinstance(own, (tuple, list)) else (own, own)
-        self.size = (width * self.factor, height * self.factor)
-        self.limits = limits.of_size(max(self.size))
-        self.teacher_arguments = teacher_arguments or {}
+        factor = pipe.vae_scale_factor
+        size = (width * factor, height * factor)
         self._pipes = {STUDENT: pipe} if teacher is None else {STUDENT: pipe, TEACHER: teacher}
+        super().__init__(name, factor, size, limits.of_size(max(size)), tuple(self._pipes))
+        self.teacher_arguments = teacher_arguments or {}
         self._over_picture: Callable[[], Any] = lambda: one_pass(_image_to_image(pipe))
         self._over: Any = None
         for known in self._pipes.values():
             known.set_progress_bar_config(disable=True)
 
     @property
-    def models(self) -> tuple[str, ...]:
-        """`STUDENT`, and `TEACHER` where there is one."""
-        return tuple(self._pipes)
-
-    def check(self, drawing: Drawing) -> Drawing:
-        """A drawing with its size filled in, if it may be drawn.
-
-        Raises:
-            InputError: it may not; the message says what may.
-        """
-        limits = self.limits
-        limits.check_text("the prompt", drawing.prompt)
-        limits.check_text("the negative prompt", drawing.negative_prompt)
-        check_unicode(drawing.prompt + drawing.negative_prompt)
-        if not drawing.prompt.strip():
-            raise InputError("the prompt is empty; say what to draw")
-        if drawing.model not in self._pipes:
-            raise InputError(f"there is no {drawing.model} here; there is {', '.join(self.models)}")
-        if not 0 <= drawing.seed <= MAX_SEED:
-            raise InputError(f"a seed is from 0 to {MAX_SEED}, got {drawing.seed}")
-        if not 1 <= drawing.num_decoder_steps <= MAX_DECODER_STEPS:
-            raise InputError(
-                f"K is from 1 to {MAX_DECODER_STEPS}, got {drawing.num_decoder_steps}: take what"
-                " the model was distilled for"
-            )
-        if not 0 <= drawing.guidance_scale <= MAX_GUIDANCE:  # NaN is in no range
-            raise InputError(f"guidance is from 0 to {MAX_GUIDANCE:g}")
-        if drawing.image is not None and not 0 < drawing.strength <= 1:
-            raise InputError("strength is above 0 and at most 1")
-        if drawing.image is not None and drawing.model == TEACHER:
-            raise InputError("the teacher draws from a prompt alone, over no picture")
-        sizes = [
-            self._side(name, wanted, own)
-            for name, wanted, own in zip(
-                ("width", "height"), (drawing.width, drawing.height), self.size, strict=True
-            )
-        ]
-        image = drawing.image if drawing.image is None else drawing.image.resize(sizes)
-        return replace(drawing, width=sizes[0], height=sizes[1], image=image)
+    def rules(self) -> Rules:
+        """These alone, for who checks elsewhere."""
+        return Rules(self.name, self.factor, self.size, self.limits, self.models)
 
     def draw(self, drawings: Sequence[Drawing]) -> list[Picture]:
         """Draw in one pass.
@@ -222,16 +250,6 @@ class Engine:
             label = f"t={added}" if not found else f"+ t={added}"
             found.append((label, replace(drawing, skip_below=math.nextafter(bound, 0.0))))
         return found
-
-    def _side(self, name: str, wanted: int | None, own: int) -> int:
-        if wanted is None:
-            return own
-        most = self.limits.max_side or own
-        if wanted % self.factor or not self.factor <= wanted <= most:
-            raise InputError(
-                f"{name} is a multiple of {self.factor} from {self.factor} to {most}, got {wanted}"
-            )
-        return wanted
 
 
 def _image_to_image(pipe: Any) -> Any:

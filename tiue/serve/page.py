@@ -21,7 +21,7 @@ from PIL import Image
 from tiue.errors import InputError, OutputError
 from tiue.files import write_file
 from tiue.serve.batching import ClosedError, QueueFullError
-from tiue.serve.engine import MAX_DECODER_STEPS, MAX_GUIDANCE, TEACHER, Drawing, Picture
+from tiue.serve.engine import MAX_DECODER_STEPS, MAX_GUIDANCE, TEACHER, Drawing, Engine, Picture
 from tiue.serve.limits import Limits
 from tiue.serve.service import Service
 
@@ -162,6 +162,7 @@ class Page:
 
     def _parts_of(self, drawing: Drawing) -> list[tuple[str, Drawing]]:
         engine = self._service.engine
+        assert isinstance(engine, Engine)
         return engine.parts_of(engine.check(drawing))
 
 

@@ -6,28 +6,47 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from typing import Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from tiue.serve.batching import Batcher
-from tiue.serve.engine import Drawing, Engine, Picture
+from tiue.serve.engine import Drawing, Engine, Picture, Rules
+
+
+class Queue(Protocol):
+    """Where drawings wait for their passes: a `Batcher`, or whoever has other machines draw."""
+
+    def __len__(self) -> int: ...
+
+    def start(self) -> None: ...
+
+    async def draw(self, drawings: Sequence[Drawing]) -> list[Picture]: ...
+
+    async def close(self) -> None: ...
 
 
 class Service:
     """Draws for a page, an HTTP API, or whoever else is in the same event loop.
 
     Args:
-        engine: what draws.
+        engine: what draws, or the rules of what draws elsewhere.
+        queue: where; by default a `Batcher` of the engine.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    batcher: Queue
+
+    def __init__(self, engine: Rules, queue: Queue | None = None) -> None:
         self.engine = engine
         self.limits = limits = engine.limits
         self.ready = False
         self.registry = registry = CollectorRegistry()
-        self.batcher = Batcher(
-            engine.draw, limits.max_batch, limits.max_wait, limits.max_waiting, self._on_pass
-        )
+        if queue is None:
+            assert isinstance(engine, Engine)
+            queue = Batcher(
+                engine.draw, limits.max_batch, limits.max_wait, limits.max_waiting, self._on_pass
+            )
+        self.batcher = queue
         self._requests = Counter(
             "tiue_requests", "Requests that ended", ["door", "outcome"], registry=registry
         )
