@@ -86,12 +86,13 @@ def measure(form: str, case: Case, dtype: torch.dtype) -> int:
     """
     setting = Setting.build(case, torch.device("cpu"), dtype)
     CLEAR.write_text("5")  # sets the high-water mark back to what is resident (proc(5))
-    before = _resident("VmHWM")
+    before = resident("VmHWM")
     FORMS[form].build(setting)()
-    return _resident("VmHWM") - before
+    return resident("VmHWM") - before
 
 
-def _resident(field: str) -> int:
+def resident(field: str) -> int:
+    """Bytes of a field of /proc/self/status, as VmHWM, the most that was resident."""
     lines = STATUS.read_text().splitlines()
     (line,) = (line for line in lines if line.startswith(f"{field}:"))
     return int(line.split()[1]) * 1024

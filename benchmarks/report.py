@@ -12,7 +12,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from benchmarks import bench_host, counted, launches, multiply_adds, plots, transformer_counts
+from benchmarks import (
+    bench_host,
+    counted,
+    end_to_end,
+    launches,
+    multiply_adds,
+    plots,
+    transformer_counts,
+)
 from benchmarks import load as serving
 from benchmarks.markdown import seconds, table
 from benchmarks.rivals import FORMS
@@ -290,11 +298,18 @@ def gpu_section(gpus: list[Result], folder: Path) -> Iterator[str]:
 
 
 def losses(results: list[Result], gpus: list[Result]) -> Iterator[str]:
-    """Every case in which something else is faster than our best form."""
+    """Every case in which something else is faster than our best form, or takes less memory."""
     for result in results:
         device = result["machine_info"]["device"]
         for case, forms in cases(result).items():
             ours = _best(forms, OURS)
+            peaks = ours["extra_info"].get("peaks_mib", {}) if ours else {}
+            published, own = (peaks.get(form, 0.0) for form in ("published", OURS))
+            if own > published > 0:
+                yield (
+                    f"- {result['title']}, {case}, {device}: memory over the weights, published "
+                    f"{published:.0f} MiB, {OURS} {own:.0f} MiB, {own / published:.2f} x."
+                )
             for form, row in forms.items():
                 if ours and form.partition("-")[0] != OURS and _median(row) < _median(ours):
                     yield (
@@ -319,6 +334,7 @@ def performance_page(
     folder: Path,
     counted_folder: Path = counted.FOLDER,
     loads: list[Result] | None = None,
+    ends: list[Result] | None = None,
 ) -> str:
     """Return docs/performance.md, its plots drawn.
 
@@ -328,6 +344,7 @@ def performance_page(
         folder: Of the images.
         counted_folder: Of the results of `benchmarks.launches` and `benchmarks.bench_host`.
         loads: Of `benchmarks.load`.
+        ends: Of `benchmarks.end_to_end`.
 
     Returns:
         The page as Markdown.
@@ -350,6 +367,7 @@ def performance_page(
     parts += ["## Kernels and bytes on a GPU, without one", *launches_section(counted_folder)]
     parts += ["## What the host does", *host_section(counted_folder)]
     parts += ["## One pass", *race_section(results, "bench_one_pass")]
+    parts += ["## End to end, against what others take", *end_to_end.section(ends or [])]
     drawn = plots.draw_times(one_pass_rows(results), folder)
     parts += [
         "## Against K, batch and resolution",
@@ -402,15 +420,21 @@ def readme_block(results: list[Result]) -> str:
                 continue
             openvino = forms.get("published-openvino")
             times = [seconds(_median(row)) if row else "" for row in (published, openvino, ours)]
+            info = ours["extra_info"]
+            install = "`pip install .`" + (" with a C++ compiler" if info.get("winograd") else "")
+            peaks = [info.get("peaks_mib", {}).get(form) for form in ("published", info["form"])]
             rows.append(
                 [
-                    f"{case}, {ours['extra_info']['dtype']}",
+                    f"{case}, {info['dtype']}",
                     result["machine_info"]["device"],
+                    install,
                     *times,
                     f"{_median(published) / _median(ours):.2f} x",
+                    *(NOT_MEASURED if peak is None else f"{peak:.0f} MiB" for peak in peaks),
                 ]
             )
-    header = ["one pass", "device", "published form", "the same in OpenVINO", "TiUE", "speedup"]
+    header = ["one pass", "device", "install", "published form", "the same in OpenVINO", "TiUE"]
+    header += ["speedup", "published form's memory", "TiUE's"]
     return "\n\n".join([table(header, rows) if rows else NOTHING, multiply_adds_sentence()])
 
 
@@ -460,7 +484,9 @@ def main(root: Path = ROOT) -> None:
     readme = root / "README.md"
     new_readme = replace_block(readme.read_text(encoding="utf-8"), readme_block(results))
     loads = load_named(folder, "load.json")
-    page = performance_page(results, gpus, root / "docs" / "images", folder / "counted", loads)
+    ends = load_named(folder, "end_to_end.json")
+    images = root / "docs" / "images"
+    page = performance_page(results, gpus, images, folder / "counted", loads, ends)
     (root / "docs" / "performance.md").write_text(page, encoding="utf-8")
     readme.write_text(new_readme, encoding="utf-8")
 

@@ -116,7 +116,7 @@ def _sharing(unet: UNet2DConditionModel) -> UNet2DConditionModel:
     return copy.deepcopy(unet, shared)
 
 
-class _PublishedNoise(torch.nn.Module):
+class PublishedNoise(torch.nn.Module):
     """The published form's model outputs as one module, for exporters and compilers."""
 
     def __init__(self, unet: UNet2DConditionModel, timesteps: torch.Tensor) -> None:
@@ -153,7 +153,7 @@ def _published_noise(
     setting: Setting, make: Callable[[torch.nn.Module], Callable[..., Any]]
 ) -> Rival:
     """The published form with its model outputs compiled or recorded, channels_last."""
-    compiled = make(_PublishedNoise(setting.channels_last, setting.timesteps))
+    compiled = make(PublishedNoise(setting.channels_last, setting.timesteps))
 
     @torch.no_grad()
     def run() -> torch.Tensor:
@@ -179,7 +179,7 @@ def _published_openvino(setting: Setting) -> Rival:
         raise NotRunError("openvino is not installed: pip install 'tiue[openvino]'")
     import openvino
 
-    module = _PublishedNoise(setting.unet, setting.timesteps)
+    module = PublishedNoise(setting.unet, setting.timesteps)
     with torch.no_grad():
         program = torch.export.export(module, (), setting.inputs)
     model = openvino.convert_model(program)
@@ -197,6 +197,14 @@ def _published_openvino(setting: Setting) -> Rival:
         return setting.combine(torch.from_numpy(request.get_output_tensor(0).data))
 
     return run
+
+
+def one_step(setting: Setting, noise_pred: torch.Tensor) -> torch.Tensor:
+    """The scheduler's only step, of model outputs that are already there."""
+    scheduler = copy.deepcopy(setting.scheduler)
+    scheduler.set_timesteps(1)
+    latents = setting.inputs["latents"]
+    return scheduler.step(noise_pred, scheduler.timesteps[0], latents).prev_sample
 
 
 @torch.no_grad()

@@ -158,11 +158,23 @@ def test_where_we_lose_holds_our_best_against_each_rival(root: Path) -> None:
     assert len(text.strip().splitlines()) == 2
 
 
+def test_where_we_lose_holds_memory_too(root: Path) -> None:
+    losing = one_pass()
+    for entry in losing["benchmarks"]:
+        entry["extra_info"]["peaks_mib"] = {"published": 1000.0, "tiue": 1500.0}
+    write(root, "bench_one_pass.json", losing)
+    text = section(page(root), "Where we lose")
+    assert "memory over the weights, published 1000 MiB, tiue 1500 MiB, 1.50 x." in text
+
+
 def test_readme_has_the_figures(root: Path) -> None:
     write(root, "bench_one_pass.json", one_pass())
     page(root)
     readme = (root / "README.md").read_text()
-    assert "| Some CPU, 2 cores | 24.00 s | 18.00 s | 12.00 s | 2.00 x |" in readme
+    assert (
+        "| Some CPU, 2 cores | `pip install .` with a C++ compiler | 24.00 s | 18.00 s | 12.00 s "
+        "| 2.00 x | 1000 MiB | 900 MiB |" in readme
+    )
     assert "1,026 G multiply-adds for one pass at K = 4, the published form 1,216 G" in readme
     assert readme.startswith("before\n")
     assert readme.endswith("after\n")

@@ -11,9 +11,9 @@ from torch import nn
 from tiue.compiled.calls import Call
 from tiue.compiled.export import export
 from tiue.compiled.graphs import GraphedCall, Recorder
-from tiue.compiled.openvino import OpenVINOCall
+from tiue.compiled.openvino import OpenVINOCall, check_precision
 
-__all__ = ["Call", "GraphedCall", "OpenVINOCall", "compile_call", "export"]
+__all__ = ["Call", "GraphedCall", "OpenVINOCall", "check_precision", "compile_call", "export"]
 
 
 def compile_call(
@@ -23,6 +23,7 @@ def compile_call(
     max_graphs: int = 8,
     dynamic: bool | None = None,
     recorder: Recorder | None = None,
+    precision: str = "float32",
     **options: Any,
 ) -> Callable[..., torch.Tensor]:
     """Make the fastest call of a function that runs modules, whose results stay the same.
@@ -40,16 +41,21 @@ def compile_call(
         dynamic: whether one compilation serves every batch and size; torch.compile finds out by
             itself, OpenVINO compiles for one size.
         recorder: what records the graphs; calls that run one after another share its memory.
+        precision: "float32", or "int8" with OpenVINO, which is lossy: see `OpenVINOCall`.
         **options: for torch.compile (`mode`, `options`), or `OpenVINOCall` (`max_models`).
 
     Returns:
         What to call in the place of the function.
 
     Raises:
-        DependencyError: OpenVINO is not installed.
+        InputError: no such precision, or not with this backend.
+        DependencyError: OpenVINO, or NNCF for "int8", is not installed.
     """
+    check_precision(precision, backend)
     if backend == "openvino":
-        return OpenVINOCall(function, modules, dynamic=bool(dynamic), **options)
+        return OpenVINOCall(
+            function, modules, dynamic=bool(dynamic), precision=precision, **options
+        )
     if backend is not None:
         function = torch.compile(
             function, fullgraph=True, backend=backend, dynamic=dynamic, **options

@@ -12,8 +12,7 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 from diffusers.pipelines.pag.pag_utils import PAGMixin
 
-from tiue.compiled import compile_call, graphs
-from tiue.compiled.openvino import import_openvino
+from tiue.compiled import check_precision, compile_call, graphs
 from tiue.errors import NonFiniteError
 from tiue.schedule import OnePassSchedule
 from tiue.stages import Stages
@@ -154,8 +153,7 @@ class CompiledParts:
     """
 
     def __init__(self, backend: str | None, options: dict[str, Any]) -> None:
-        if backend == "openvino":
-            import_openvino()
+        check_precision(options.get("precision", "float32"), backend)
         self._backend = backend
         self._options = options
         self._recorder = graphs.CudaRecorder()

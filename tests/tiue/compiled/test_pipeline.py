@@ -131,3 +131,13 @@ def test_pictures_of_the_embedded_model_by_the_cpu_library(request) -> None:
     actual = embedded_pictures(None)
     assert (actual != expected).any()  # Winograd's sums are others
     assert np.abs(actual - expected).max() <= 2
+
+
+def test_openvino_takes_a_lora() -> None:
+    pytest.importorskip("openvino")
+    pipe = make()
+    CHANGES["lora"](pipe)
+    expected = draw(pipe)
+    pipe.compile("openvino")
+    assert np.abs(draw(pipe) - expected).max() <= 1e-4
+    assert all(len(call) == 1 for _, call in pipe._compiled._calls.values())
