@@ -73,7 +73,8 @@ def contents(modules: Iterable[nn.Module]) -> list[tuple[int, int]]:
     """What the weights hold: equal lists, equal weights.
 
     For what copies weights. A version counts every ordinary write in place; writes to `.data`,
-    which versions do not count, change the exclusive or of all bits. One read of all weights.
+    which versions do not count, change the exclusive or of all bits (one that swaps values, or the
+    signs of an even number of them, does not, and is not seen). One read of all weights.
 
     Args:
         modules: whose parameters and buffers are read.
