@@ -110,6 +110,10 @@ def _upsampled_convolution(out: torch.Tensor, x: torch.Tensor, weight: Any, *_: 
     return Count(convolution=out.numel() * x.shape[1] * (4 if phases else 9))
 
 
+def _split_linear(_out: Any, hidden: torch.Tensor, skip: torch.Tensor, *args: Any) -> Count:
+    return Count(linear=(hidden.numel() + skip.numel()) * args[3].shape[0])
+
+
 def _norm_linear(out: Any, x: torch.Tensor, *_: Any) -> Count:
     return Count(linear=out[0].numel() * x.shape[1])
 
@@ -138,6 +142,7 @@ FORMULAS: dict[Any, Callable[..., Count]] = {
     tiue.conv2d_fwd: lambda out, x, weight, *_: _convolved(out, weight, x.shape[1]),
     tiue.upsample_conv2d_fwd: _upsampled_convolution,
     tiue.group_norm_linear_fwd: _norm_linear,
+    tiue.shared_skip_layer_norm_linear_fwd: _split_linear,
     tiue.layer_norm_linear_fwd: _norm_linears,
     tiue.geglu_feed_forward_fwd: _feed_forward,
 }
@@ -148,6 +153,7 @@ FREE = {
     tiue.timestep_sum_group_norm_silu_fwd,
     tiue.group_norm_tokens_fwd,
     tiue.adaptive_layer_norm_fwd,
+    tiue.gated_residual_fwd,
     tiue.geglu_fwd,
     tiue.one_pass_combine_fwd,
     tiue.noise_kl_fwd,

@@ -314,6 +314,48 @@ def adaptive_layer_norm(sizes: Transformer, draw: Draw) -> Problem:
     return Problem(tensors, run, eager)
 
 
+def shared_skip_layer_norm_linear(sizes: Transformer, draw: Draw) -> Problem:
+    """A long skip of Hunyuan-DiT, whose halves are equally wide."""
+    channels, tokens = sizes.channels, sizes.height * sizes.width
+
+    def run(hidden, skip, norm_weight, norm_bias, weight, bias) -> Tensors:
+        norm = (norm_weight, norm_bias)
+        return (functional.shared_skip_layer_norm_linear(hidden, skip, *norm, weight, bias),)
+
+    def eager(hidden, skip, norm_weight, norm_bias, weight, bias) -> Tensors:
+        joined = torch.cat([hidden, draw.repeat(skip)], dim=-1)
+        joined = F.layer_norm(joined, (2 * channels,), norm_weight, norm_bias, 1e-6)
+        return (F.linear(joined, weight, bias),)
+
+    tensors = {
+        "hidden": draw(draw.rows, tokens, channels),
+        "skip": draw(draw.batch, tokens, channels),
+        **draw.norm(2 * channels),
+        "weight": draw.weight(channels, 2 * channels),
+        "bias": draw(channels),
+    }
+    halves = (draw.rows + draw.batch) * tokens * channels**2
+    return Problem(tensors, run, eager, flops=2 * halves)
+
+
+def gated_residual(sizes: Transformer, draw: Draw) -> Problem:
+    """The first branch that joins tokens which all timesteps share."""
+    channels, tokens = sizes.channels, sizes.height * sizes.width
+
+    def run(x, gate, y) -> Tensors:
+        return (functional.gated_residual(x, gate, y),)
+
+    def eager(x, gate, y) -> Tensors:
+        return (draw.repeat(x) + gate[:, None] * y,)
+
+    tensors = {
+        "x": draw(draw.batch, tokens, channels),
+        "gate": draw(draw.rows, channels),
+        "y": draw(draw.rows, tokens, channels),
+    }
+    return Problem(tensors, run, eager)
+
+
 def group_norm_tokens(sizes: Transformer, draw: Draw) -> Problem:
     channels, groups = sizes.channels, sizes.groups
 
@@ -425,6 +467,8 @@ OPERATORS: dict[str, Operator] = {
         (timestep_sum_group_norm_silu, _of(Output)),
         (cross_timestep_attention, _of(Attention)),
         (adaptive_layer_norm, _of(Transformer, _tokens)),
+        (gated_residual, _of(Transformer, _tokens)),
+        (shared_skip_layer_norm_linear, _of(Transformer, _tokens)),
         (group_norm_tokens, _of(Transformer, _tokens)),
         (geglu, _of(Transformer, _tokens)),
         (one_pass_combine, _of(Latents)),

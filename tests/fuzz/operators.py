@@ -210,6 +210,19 @@ def _modulated(tensor: Any, size: Any) -> Call:
     )
 
 
+def _gated(tensor: Any, size: Any) -> Call:
+    timesteps, batch, tokens, channels = size(3), size(2), size(6), size(20)
+    return Call(
+        "gated_residual",
+        {
+            "x": tensor(batch, tokens, channels),
+            "gate": tensor(timesteps * batch, channels, plain=True),
+            "y": tensor(timesteps * batch, tokens, channels),
+        },
+        functional.gated_residual,
+    )
+
+
 def _as_tokens(tensor: Any, size: Any) -> Call:
     groups = size(4)
     channels = groups * size(5)
@@ -232,6 +245,7 @@ MAKERS: dict[str, Callable[..., Call]] = {
     "timestep_sum_group_norm_silu": _timestep_sum,
     "cross_timestep_attention": _attention,
     "adaptive_layer_norm": _modulated,
+    "gated_residual": _gated,
     "group_norm_tokens": _as_tokens,
     "geglu": _geglu,
     "one_pass_combine": _combine,

@@ -101,6 +101,12 @@ def _modulated(x, scale, shift) -> Tensors:
     return (x * (1 + scale[:, None]) + shift[:, None],)
 
 
+def _long_skip(hidden, skip, norm_weight, norm_bias, weight, bias) -> Tensors:
+    joined = torch.cat([hidden, repeat(skip)], dim=-1)
+    joined = F.layer_norm(joined, joined.shape[-1:], norm_weight, norm_bias, 1e-6)
+    return (F.linear(joined, weight, bias),)
+
+
 def _pixels(x, norm_weight, norm_bias, weight, bias) -> Tensors:
     x = F.group_norm(x, 4, norm_weight, norm_bias, 1e-6)
     tokens = x.flatten(2).transpose(1, 2).contiguous()  # as diffusers lays them
@@ -217,6 +223,25 @@ CALLS: dict[str, Call] = {
         lambda x, scale, shift: (functional.adaptive_layer_norm(x, scale, shift),),
         _modulated,
         ("adaptive_layer_norm",),
+    ),
+    "shared_skip_layer_norm_linear": Call(
+        {
+            "hidden": noise(K * B, 5, 8),
+            "skip": noise(B, 5, 6),
+            "norm_weight": noise(14),
+            "norm_bias": noise(14, seed=1),
+            "weight": noise(7, 14),
+            "bias": noise(7),
+        },
+        lambda *tensors: (functional.shared_skip_layer_norm_linear(*tensors),),
+        _long_skip,
+        ("shared_skip_layer_norm_linear",),
+    ),
+    "gated_residual": Call(
+        {"x": noise(B, 5, 8), "gate": noise(K * B, 8), "y": noise(K * B, 5, 8)},
+        lambda x, gate, y: (functional.gated_residual(x, gate, y),),
+        lambda x, gate, y: (repeat(x) + gate[:, None] * y,),
+        ("gated_residual",),
     ),
     "group_norm_linear": Call(
         {"x": _rows["hidden"], **_norm, "weight": noise(6, 16), "bias": noise(6)},

@@ -75,9 +75,15 @@ def typical_shape(operator: str) -> Sizes:
     return list(shapes.values())[-1 if ON_GPU else 0]
 
 
+TOKENS = (
+    *("layer_norm_linear", "shared_skip_layer_norm_linear"),
+    *("adaptive_layer_norm", "gated_residual"),
+)
+
+
 def layouts(operator: str, sizes: Sizes) -> tuple[str, ...]:
     has_maps = not isinstance(sizes, Attention | Latents) and "geglu" not in operator
-    return ("nchw", "nhwc") if has_maps and "layer_norm" not in operator else ("nchw",)
+    return ("nchw", "nhwc") if has_maps and operator not in TOKENS else ("nchw",)
 
 
 def backends(operator: str) -> tuple[str, ...]:

@@ -14,8 +14,12 @@ from tiue_kernels.nn import fuse
 
 pytestmark = pytest.mark.usefixtures("with_cpu_library")
 
-# Sums over timesteps have another order than the textbook's; the KL term has a least variance.
-SUMS = {"timestep_sum_group_norm_silu", "one_pass_combine", "noise_kl"}
+# Sums over timesteps, and over a skip's channels apart, have another order than the textbook's; the
+# KL term has a least variance.
+SUMS = {
+    *("timestep_sum_group_norm_silu", "one_pass_combine", "noise_kl"),
+    "shared_skip_layer_norm_linear",
+}
 
 
 @torch.no_grad()

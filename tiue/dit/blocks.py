@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from diffusers.models.embeddings import apply_rotary_emb
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from tiue_kernels import functional
 from tiue_kernels.nn.layers import is_named, is_plain, repeat_rows, tell_once
@@ -55,7 +56,47 @@ def gated_residual(hidden: torch.Tensor, gate: torch.Tensor, branch: torch.Tenso
     Returns:
         [K*B, N, C].
     """
+    if gate.dtype == hidden.dtype == branch.dtype:
+        return functional.gated_residual(hidden, gate, branch)
     return residual(hidden, gate.unsqueeze(1) * branch)
+
+
+def recomputed(enabled: bool, function: Callable[..., torch.Tensor], *args: Any) -> torch.Tensor:
+    """A function of tensors whose inner tensors backward computes again, where that is on.
+
+    It stops at the last one that backward reads: of a feed-forward, before its second product.
+    """
+    if enabled and torch.is_grad_enabled():
+        return checkpoint(function, *args, use_reentrant=False)
+    return function(*args)
+
+
+def feed_forward(
+    feed: Any, norm: Callable[..., torch.Tensor], *given: torch.Tensor, recompute: bool
+) -> torch.Tensor:
+    """feed(norm(*given)), whose norm and activation backward computes again, and does not keep.
+
+    Args:
+        feed: diffusers' `FeedForward`.
+        norm: norm and modulation.
+        given: what norm reads.
+        recompute: whether backward runs the first product again too.
+
+    Returns:
+        As `given[0]`.
+    """
+    plain = is_plain(feed, "FeedForward") and is_plain(feed.net[0], "GELU")
+    if recompute or not plain:
+        return recomputed(recompute, lambda *own: feed(norm(*own)), *given)
+    first, *others = feed.net
+
+    def end(projection: torch.Tensor) -> torch.Tensor:
+        tokens = first.gelu(projection)
+        for layer in others:
+            tokens = layer(tokens)
+        return tokens
+
+    return recomputed(True, end, recomputed(True, lambda *own: first.proj(norm(*own)), *given))
 
 
 def residual(hidden: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
@@ -70,9 +111,6 @@ def shared_skip_layer_norm_linear(
 ) -> torch.Tensor:
     """linear(norm(concat(hidden, skip))), the skip's half of both computed once for all timesteps.
 
-    With mean m and deviation s over both halves, linear(norm(x)) = (W'x - m W'1) / s + W b + c,
-    where W' = W * diag(weight of the norm): W' is split, and its part of the skip runs on B rows.
-
     Args:
         hidden: [K*B, N, C].
         skip: [B, N, D], or [K*B, N, D] where it is not shared.
@@ -86,29 +124,27 @@ def shared_skip_layer_norm_linear(
     plain = is_plain(norm, nn.LayerNorm, *_NORMS) and norm.weight is not None
     if skip.shape[0] == rows or not (plain and is_plain(linear, nn.Linear)):
         return linear(norm(torch.cat([hidden, all_rows(skip, rows)], dim=-1)))
-    dtype = torch.promote_types(hidden.dtype, torch.float32)
-    own, shared = hidden.to(dtype), skip.to(dtype)
-    border, width = hidden.shape[-1], hidden.shape[-1] + skip.shape[-1]
-    # Squared deviations, not squares less a squared mean, which cancel in float32.
-    sum_shared = shared.sum(-1, keepdim=True)  # [B, N, 1]
-    mean = residual(sum_shared, own.sum(-1, keepdim=True)) / width  # [K*B, N, 1]
-    # sum (s - m)^2 = sum (s - m_s)^2 + D (m_s - m)^2, the first term once for all timesteps.
-    mean_shared = sum_shared / skip.shape[-1]
-    spread_shared = (shared - mean_shared).square().sum(-1, keepdim=True)
-    offset = residual(mean_shared, -mean)
-    variance = residual(spread_shared, (own - mean).square().sum(-1, keepdim=True))
-    variance = (variance + skip.shape[-1] * offset.square()) / width
-    inverse = torch.rsqrt(variance + norm.eps)  # [K*B, N, 1]
+    return functional.shared_skip_layer_norm_linear(
+        hidden, skip, norm.weight, norm.bias, linear.weight, linear.bias, norm.eps
+    )
 
-    weight = linear.weight * norm.weight.to(linear.weight.dtype)  # [C_out, C + D]
-    constant = linear.weight @ norm.bias.to(linear.weight.dtype)
-    if linear.bias is not None:
-        constant = constant + linear.bias
-    from_skip = F.linear((shared - mean_shared).to(skip.dtype), weight[:, border:])  # [B, N, C_out]
-    from_own = F.linear((own - mean).to(hidden.dtype), weight[:, :border])
-    # What centring the skip by its own mean left out, a rank-one term.
-    left = offset.to(hidden.dtype) * weight[:, border:].sum(1)
-    return residual(from_skip, from_own + left) * inverse.to(hidden.dtype) + constant
+
+def self_attention(
+    attention: Any, hidden: torch.Tensor, mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Attention of every row's tokens to themselves.
+
+    Args:
+        attention: diffusers' `Attention`, called whole where it is not plain.
+        hidden: [rows, N, C].
+        mask: [rows, 1, N] bias, or None.
+
+    Returns:
+        [rows, N, C].
+    """
+    if _is_plain_attention(attention) and not attention.norm_cross:
+        return cross_attention(attention, hidden, hidden, mask)
+    return attention(hidden, attention_mask=mask)
 
 
 def cross_attention(

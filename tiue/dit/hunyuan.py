@@ -12,6 +12,7 @@ from tiue.dit.blocks import (
     all_rows,
     cross_attention,
     is_plain_norm,
+    recomputed,
     residual,
     shared_skip_layer_norm_linear,
 )
@@ -115,7 +116,7 @@ class TiUEHunyuanDiT2DModel(OnePassTransformer, HunyuanDiT2DModel):
         control = list(controlnet_block_samples or ())
         given = {"image_rotary_emb": image_rotary_emb, "constant": constant}
         for layer in range(self.num_shared_blocks):
-            hidden = self._run(layer, hidden, text, temb, given, skips, control)
+            hidden = self._run_layer(layer, hidden, text, temb, given, skips, control)
         given["control"] = tuple(control)
         return TransformerFeatures(hidden, text, grid, tuple(skips), given)
 
@@ -129,12 +130,12 @@ class TiUEHunyuanDiT2DModel(OnePassTransformer, HunyuanDiT2DModel):
         temb = temb.flatten(0, 1)
         skips, control = list(features.skips), list(given["control"])
         for layer in range(self.num_shared_blocks, len(self.blocks)):
-            hidden = self._run(layer, hidden, features.text, temb, given, skips, control)
+            hidden = self._run_layer(layer, hidden, features.text, temb, given, skips, control)
         if control:
             raise InputError(f"{len(control)} of the ControlNet's samples meet no skip connection")
         return self.norm_out(all_rows(hidden, count * batch), temb.to(torch.float32))
 
-    def _run(
+    def _run_layer(
         self,
         layer: int,
         hidden: torch.Tensor,
@@ -150,7 +151,10 @@ class TiUEHunyuanDiT2DModel(OnePassTransformer, HunyuanDiT2DModel):
             skip = skips.pop()
             if control:
                 skip = residual(control.pop(), skip)
-        hidden = _block(self.blocks[layer], hidden, text, temb, given["image_rotary_emb"], skip)
+        hidden = _block(
+            self.blocks[layer], hidden, text, temb, given["image_rotary_emb"], skip,
+            self.recompute_feed_forward,
+        )  # fmt: skip
         if layer < len(self.blocks) // 2 - 1:
             skips.append(hidden)
         return hidden
@@ -187,6 +191,7 @@ def _block(
     temb: torch.Tensor,
     rotary: Any,
     skip: torch.Tensor | None,
+    recompute_feed_forward: bool,
 ) -> torch.Tensor:
     """[B or K*B, N, C] -> rows of temb."""
     rows = temb.shape[0]
@@ -212,7 +217,8 @@ def _block(
     hidden = residual(hidden, block.attn1(tokens, image_rotary_emb=rotary))
     tokens = cross_attention(block.attn2, block.norm2(hidden), text, rotary=rotary)
     hidden = hidden + tokens
-    return hidden + block.ff(block.norm3(hidden))
+    branch = recomputed(recompute_feed_forward, lambda own: block.ff(block.norm3(own)), hidden)
+    return hidden + branch
 
 
 def _is_plain_block(block: Any) -> bool:

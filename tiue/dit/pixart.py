@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from diffusers import PixArtTransformer2DModel
+from diffusers.loaders import PeftAdapterMixin
 
 from tiue.dit.blocks import (
     adaptive_layer_norm,
     all_rows,
     cross_attention,
+    feed_forward,
     gated_residual,
     is_plain_norm,
     residual,
+    self_attention,
 )
 from tiue.dit.student import OnePassTransformer, TransformerFeatures, shared_timestep
 from tiue.errors import InputError
@@ -22,11 +26,12 @@ from tiue.schedule import OnePassSchedule
 from tiue_kernels.nn.layers import is_plain, repeat_rows, tell_once
 
 
-class TiUEPixArtTransformer2DModel(OnePassTransformer, PixArtTransformer2DModel):
+class TiUEPixArtTransformer2DModel(OnePassTransformer, PeftAdapterMixin, PixArtTransformer2DModel):
     """A `PixArtTransformer2DModel` whose first blocks run once and whose last run K timesteps.
 
     What does not depend on the timestep is computed once: patches, positions, caption projection,
-    text keys and values of every block, the first decoder block's layer norm.
+    text keys and values of every block, the first decoder block's layer norm. Takes adapters
+    (`add_adapter`), which diffusers' own does not.
     """
 
     PARENT = PixArtTransformer2DModel
@@ -123,15 +128,13 @@ class TiUEPixArtTransformer2DModel(OnePassTransformer, PixArtTransformer2DModel)
             hidden_dtype=hidden.dtype,
         )
         for block in self.decoder_blocks:
-            hidden = self._run(_decoder_block, block, hidden, features.text, modulation, given)
+            hidden = self._run(
+                _decoder_block, block, hidden, features.text, modulation, given,
+                self.recompute_feed_forward, decoder=True,
+            )  # fmt: skip
         hidden = all_rows(hidden, count * batch)
         shift, scale = (self.scale_shift_table[None] + embedded[:, None]).unbind(1)
         return adaptive_layer_norm(self.norm_out, hidden, shift, scale)
-
-    def _run(self, function: Any, *args: Any) -> torch.Tensor:
-        if torch.is_grad_enabled() and self.gradient_checkpointing:
-            return self._gradient_checkpointing_func(function, *args)
-        return function(*args)
 
 
 def _decoder_block(
@@ -140,6 +143,7 @@ def _decoder_block(
     text: torch.Tensor,
     modulation: torch.Tensor,
     given: dict[str, Any],
+    recompute_feed_forward: bool,
 ) -> torch.Tensor:
     """[B or K*B, N, C] -> [K*B, N, C]."""
     rows = modulation.shape[0]
@@ -160,12 +164,15 @@ def _decoder_block(
     table = block.scale_shift_table[None] + modulation.reshape(rows, 6, -1)
     shift_attn, scale_attn, gate_attn, shift_ff, scale_ff, gate_ff = table.unbind(1)
     tokens = adaptive_layer_norm(block.norm1, hidden, shift_attn, scale_attn)
-    tokens = block.attn1(tokens, attention_mask=repeat_rows(mask, timesteps))
+    tokens = self_attention(block.attn1, tokens, repeat_rows(mask, timesteps))
     hidden = gated_residual(hidden, gate_attn, tokens)
     # PixArt puts no norm before cross-attention; norm2 stands before the feed-forward.
     hidden = residual(hidden, cross_attention(block.attn2, hidden, text, text_mask))
-    tokens = adaptive_layer_norm(block.norm2, hidden, shift_ff, scale_ff)
-    return gated_residual(hidden, gate_ff, block.ff(tokens))
+    norm = partial(adaptive_layer_norm, block.norm2)
+    branch = feed_forward(
+        block.ff, norm, hidden, shift_ff, scale_ff, recompute=recompute_feed_forward
+    )
+    return gated_residual(hidden, gate_ff, branch)
 
 
 def _is_plain_block(block: Any) -> bool:

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from diffusers import SD3Transformer2DModel
 from diffusers.utils.peft_utils import apply_lora_scale
 
-from tiue.dit.blocks import adaptive_layer_norm, all_rows, gated_residual, is_plain_norm
+from tiue.dit.blocks import (
+    adaptive_layer_norm,
+    all_rows,
+    feed_forward,
+    gated_residual,
+    is_plain_norm,
+)
 from tiue.dit.student import OnePassTransformer, TransformerFeatures, shared_timestep
 from tiue.errors import InputError
 from tiue.schedule import OnePassSchedule
@@ -127,27 +134,27 @@ class TiUESD3Transformer2DModel(OnePassTransformer, SD3Transformer2DModel):
         times = self._embed_timesteps(timesteps, given["pooled_projections"])
         temb = (times.unsqueeze(1) + given["pooled_embedding"]).flatten(0, 1)  # [K*B, C]
         for block in self.decoder_blocks:
-            if hidden.shape[0] < temb.shape[0] and not joint_attention_kwargs and _is_plain(block):
-                text, hidden = self._run(_first_decoder_block, block, hidden, text, temb)
+            if not joint_attention_kwargs and _is_plain(block):
+                text, hidden = self._run(
+                    _decoder_block, block, hidden, text, temb, self.recompute_feed_forward,
+                    decoder=True,
+                )  # fmt: skip
             else:
                 hidden, text = all_rows(hidden, len(temb)), all_rows(text, len(temb))
-                text, hidden = self._run(block, hidden, text, temb, joint_attention_kwargs)
+                text, hidden = self._run(
+                    block, hidden, text, temb, joint_attention_kwargs, decoder=True
+                )
         return self.norm_out(hidden, temb)
 
     def _embed_timesteps(self, timesteps: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         embed = self.time_text_embed
         return embed.timestep_embedder(embed.time_proj(timesteps).to(like.dtype))
 
-    def _run(self, function: Any, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        if torch.is_grad_enabled() and self.gradient_checkpointing:
-            return self._gradient_checkpointing_func(function, *args)
-        return function(*args)
 
-
-def _first_decoder_block(
-    block: Any, hidden: torch.Tensor, text: torch.Tensor, temb: torch.Tensor
+def _decoder_block(
+    block: Any, hidden: torch.Tensor, text: torch.Tensor, temb: torch.Tensor, recompute: bool
 ) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """A block whose tokens and text have B rows and whose modulation has K*B: norms once."""
+    """A block whose modulation has K*B rows; norms once where tokens and text have B of them."""
     signal = block.norm1.linear(block.norm1.silu(temb))
     shift, scale, gate, shift_ff, scale_ff, gate_ff, *dual = signal.chunk(
         9 if block.use_dual_attention else 6, dim=1
@@ -169,13 +176,18 @@ def _first_decoder_block(
         hidden = gated_residual(hidden, dual_gate, block.attn2(hidden_states=tokens))
     else:
         hidden = gated_residual(hidden, gate, from_tokens)
-    tokens = adaptive_layer_norm(block.norm2, hidden, shift_ff, scale_ff)
-    hidden = gated_residual(hidden, gate_ff, block.ff(tokens))
+    normed = partial(adaptive_layer_norm, block.norm2)
+    branch = feed_forward(block.ff, normed, hidden, shift_ff, scale_ff, recompute=recompute)
+    hidden = gated_residual(hidden, gate_ff, branch)
     if block.context_pre_only:
         return None, hidden
     text = gated_residual(text, text_gate, from_words)
-    words = adaptive_layer_norm(block.norm2_context, text, text_shift_ff, text_scale_ff)
-    return gated_residual(text, text_gate_ff, block.ff_context(words)), hidden
+    normed, given = (
+        partial(adaptive_layer_norm, block.norm2_context),
+        (text_shift_ff, text_scale_ff),
+    )
+    branch = feed_forward(block.ff_context, normed, text, *given, recompute=recompute)
+    return gated_residual(text, text_gate_ff, branch), hidden
 
 
 def _is_plain(block: Any) -> bool:

@@ -57,6 +57,11 @@ class OnePassTransformer(OnePassModel):
 
     config: Any
     patch_size: int
+    gradient_checkpointing: bool
+    # Whether backward runs the first product of the decoder's feed-forwards again.
+    recompute_feed_forward = False
+    # Whether gradient checkpointing is of the decoder's blocks too.
+    checkpoint_decoder = True
 
     @property
     def num_shared_blocks(self) -> int:
@@ -173,6 +178,13 @@ class OnePassTransformer(OnePassModel):
         config["_class_name"] = self.PARENT.__name__
         config.pop("_name_or_path", None)
         return json.dumps(config, indent=2, sort_keys=True) + "\n"
+
+    def _run(self, function: Any, *args: Any, decoder: bool = False) -> Any:
+        """Call a block, or what stands for it, checkpointed where that is on."""
+        checkpointed = self.gradient_checkpointing and (self.checkpoint_decoder or not decoder)
+        if checkpointed and torch.is_grad_enabled():
+            return self._gradient_checkpointing_func(function, *args)  # type: ignore[attr-defined]
+        return function(*args)
 
     def encode(self, *args: Any, **kwargs: Any) -> TransformerFeatures:
         """Run the shared blocks once; see the family's own."""

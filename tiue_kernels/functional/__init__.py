@@ -28,11 +28,13 @@ from tiue_kernels.functional.outputs import noise_kl, one_pass_combine
 from tiue_kernels.functional.transformers import (
     adaptive_layer_norm,
     cross_timestep_attention,
+    gated_residual,
     geglu,
     geglu_feed_forward,
     group_norm_linear,
     group_norm_tokens,
     layer_norm_linear,
+    shared_skip_layer_norm_linear,
 )
 
 __all__ = [
@@ -41,6 +43,7 @@ __all__ = [
     "broadcast_add_group_norm_silu_conv2d",
     "conv2d",
     "cross_timestep_attention",
+    "gated_residual",
     "geglu",
     "geglu_feed_forward",
     "group_norm_linear",
@@ -51,6 +54,7 @@ __all__ = [
     "one_pass_combine",
     "shared_skip_group_norm_silu",
     "shared_skip_group_norm_silu_conv2d",
+    "shared_skip_layer_norm_linear",
     "split_conv2d",
     "timestep_sum_group_norm_silu",
     "upsample_conv2d",

@@ -213,6 +213,88 @@ def adaptive_layer_norm(
     return ops.adaptive_layer_norm.forward(x, scale, shift, eps)[0]
 
 
+def shared_skip_layer_norm_linear(
+    hidden: torch.Tensor,
+    skip: torch.Tensor,
+    norm_weight: torch.Tensor,
+    norm_bias: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    eps: float = 1e-6,
+) -> torch.Tensor:
+    """linear(LayerNorm(concat(hidden, skip))), without concat; the skip's half once for all k.
+
+    Hunyuan-DiT's long skips. Statistics and product are split at the border; keeps its inputs for
+    backward, which splits likewise.
+
+    Args:
+        hidden: [K*B, N, C].
+        skip: [B, N, D], shared by all timesteps.
+        norm_weight: [C + D] scale of the norm.
+        norm_bias: [C + D] shift of the norm.
+        weight: [C_out, C + D].
+        bias: [C_out].
+        eps: added to the variance.
+
+    Returns:
+        [K*B, N, C_out].
+
+    Raises:
+        ValueError: the shapes do not fit together.
+    """
+    checks = Checks("shared_skip_layer_norm_linear")
+    checks.require(hidden.ndim == 3, f"hidden must be [K*B, N, C], got {tuple(hidden.shape)}")
+    checks.require(
+        skip.ndim == 3 and skip.shape[1] == hidden.shape[1] and skip.shape[2] > 0,
+        f"skip must be [B, {hidden.shape[1]}, D], got {tuple(skip.shape)}",
+    )
+    checks.rows("hidden", hidden, "skip", skip)
+    width = hidden.shape[2] + skip.shape[2]
+    for name, tensor in (("norm_weight", norm_weight), ("norm_bias", norm_bias)):
+        checks.require(
+            tensor.shape == (width,), f"{name} must be ({width},), got {tuple(tensor.shape)}"
+        )
+    checks.require(
+        weight.ndim == 2 and weight.shape[1] == width,
+        f"weight must be [C_out, {width}], got {tuple(weight.shape)}",
+    )
+    checks.tensors(hidden=hidden, norm_weight=norm_weight, norm_bias=norm_bias)
+    hidden, skip, weight, bias = checks.one_dtype(
+        lower=True, hidden=hidden, skip=skip, weight=weight, bias=bias
+    )
+    return ops.shared_skip_layer_norm_linear.forward(
+        hidden, skip, norm_weight, norm_bias, eps, weight, bias
+    )
+
+
+def gated_residual(x: torch.Tensor, gate: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """x + gate * y: how a branch of a transformer block joins its tokens (arXiv 2212.09748).
+
+    Args:
+        x: [K*B, N, C], or [B, N, C] where all timesteps share the tokens.
+        gate: [K*B, C], which may be of another dtype than x.
+        y: [K*B, N, C], the branch, in the dtype of x.
+
+    Returns:
+        [K*B, N, C].
+
+    Raises:
+        ValueError: the shapes do not fit together.
+    """
+    checks = Checks("gated_residual")
+    checks.require(x.ndim == 3, f"x must be [rows, N, C], got {tuple(x.shape)}")
+    checks.rows("y", y, "x", x)
+    checks.require(
+        y.ndim == 3 and y.shape[1:] == x.shape[1:],
+        f"y must be [K*B, {x.shape[1]}, {x.shape[2]}], got {tuple(y.shape)}",
+    )
+    wanted = (y.shape[0], x.shape[2])
+    checks.require(gate.shape == wanted, f"gate must be {wanted}, got {tuple(gate.shape)}")
+    checks.tensors(x=x, gate=gate, y=y)
+    x, y = checks.one_dtype(x=x, y=y)
+    return ops.gated_residual.forward(x, gate, y)
+
+
 def geglu(x: torch.Tensor) -> torch.Tensor:
     """x1 * gelu(x2) with the exact error function (Shazeer 2020, arXiv 2002.05202).
 

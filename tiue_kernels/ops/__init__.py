@@ -9,6 +9,7 @@ from tiue_kernels.ops import (
     broadcast_add_group_norm_silu_conv2d,
     conv2d,
     cross_timestep_attention,
+    gated_residual,
     geglu,
     geglu_feed_forward,
     group_norm_linear,
@@ -18,6 +19,7 @@ from tiue_kernels.ops import (
     one_pass_combine,
     shared_skip_group_norm_silu,
     shared_skip_group_norm_silu_conv2d,
+    shared_skip_layer_norm_linear,
     timestep_sum_group_norm_silu,
     upsample_conv2d,
 )
@@ -28,6 +30,7 @@ __all__ = [
     "broadcast_add_group_norm_silu_conv2d",
     "conv2d",
     "cross_timestep_attention",
+    "gated_residual",
     "geglu",
     "geglu_feed_forward",
     "group_norm_linear",
@@ -37,6 +40,7 @@ __all__ = [
     "one_pass_combine",
     "shared_skip_group_norm_silu",
     "shared_skip_group_norm_silu_conv2d",
+    "shared_skip_layer_norm_linear",
     "timestep_sum_group_norm_silu",
     "upsample_conv2d",
 ]

@@ -12,7 +12,7 @@ from tiue_kernels.reference.adaptive_layer_norm import adaptive_layer_norm_fwd
 MOST_CHANNELS = 8192  # a program holds a token in its registers
 
 
-def _limit(direction: str, args: Mapping[str, Any], _capability: tuple[int, int]) -> str | None:
+def limit(direction: str, args: Mapping[str, Any], _capability: tuple[int, int]) -> str | None:
     channels = args["x"].shape[-1]
     return (
         f"{channels} channels are more than {MOST_CHANNELS}" if channels > MOST_CHANNELS else None
@@ -32,6 +32,6 @@ forward, backward = declare(
     "(Tensor grad_out, Tensor x, Tensor scale, Tensor shift, Tensor stats)"
     " -> (Tensor grad_x, Tensor grad_scale, Tensor grad_shift)",
     fake=_fake,
-    kernels={"triton": Capability(limit=_limit), "reference": ANYWHERE},
+    kernels={"triton": Capability(limit=limit), "reference": ANYWHERE},
     decomposition=adaptive_layer_norm_fwd,
 )

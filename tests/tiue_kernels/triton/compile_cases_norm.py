@@ -12,6 +12,7 @@ import torch
 
 from tiue_kernels.triton import (
     adaptive_layer_norm,
+    gated_residual,
     geglu,
     group_norm_tokens,
     noise_kl,
@@ -22,6 +23,9 @@ from tiue_kernels.triton import (
 )
 from tiue_kernels.triton import (
     shared_skip_group_norm_silu as shared_skip,
+)
+from tiue_kernels.triton import (
+    shared_skip_layer_norm_linear as long_skip,
 )
 from tiue_kernels.triton import (
     timestep_sum_group_norm_silu as timestep_sum,
@@ -73,6 +77,13 @@ def _pointwise(maps: Maps) -> None:
     tokens, scale, shift = maps(1, 1024, 1152), maps(4, 1152), maps(4, 1152)
     out, stats = adaptive_layer_norm.adaptive_layer_norm_fwd(tokens, scale, shift, 1e-6)
     adaptive_layer_norm.adaptive_layer_norm_bwd(out, tokens, scale, shift, stats)
+    branch = maps(4, 1024, 1152)
+    joined = gated_residual.gated_residual_fwd(tokens, scale, branch)
+    gated_residual.gated_residual_bwd(joined, tokens, scale, branch)
+    skip, norm, weight = maps(1, 1024, 1152), maps(2304), maps(1152, 2304)
+    projection = (norm, norm, 1e-6, weight, None)
+    long_skip.shared_skip_layer_norm_linear_fwd(branch, skip, *projection)
+    long_skip.shared_skip_layer_norm_linear_bwd(joined, branch, skip, *projection)
     geglu.geglu_bwd(geglu.geglu_fwd(x), x)
     out = one_pass_combine.one_pass_combine_fwd(latents, noise, 4.2, coefficients)
     one_pass_combine.one_pass_combine_bwd(out, noise, 4.2, coefficients)

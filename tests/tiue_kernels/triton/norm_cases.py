@@ -227,6 +227,53 @@ def modulated(timesteps: int, batch: int, tokens: int, channels: int, mean: floa
     return Case("adaptive_layer_norm", maps, parameters, textbook, launch, mean)
 
 
+def joined(timesteps: int, batch: int, tokens: int, channels: int) -> Case:
+    def textbook(x, y, gate) -> Tensors:
+        return (x.repeat(timesteps, 1, 1) + gate[:, None].to(x.dtype) * y,)
+
+    def launch(module: ModuleType, x, y, gate):
+        out = module.gated_residual_fwd(x, gate, y)
+
+        def backward(grad: torch.Tensor) -> Tensors:
+            grad_x, grad_gate, grad_y = module.gated_residual_bwd(grad, x, gate, y)
+            return grad_x, grad_y, grad_gate
+
+        return (out,), backward
+
+    rows = timesteps * batch
+    maps = (noise(batch, tokens, channels), noise(rows, tokens, channels, seed=1))
+    return Case("gated_residual", maps, (noise(rows, channels, seed=2),), textbook, launch)
+
+
+def long_skip(
+    timesteps: int, batch: int, tokens: int, hidden: int, skip: int, mean: float = 0.0
+) -> Case:
+    width, out = hidden + skip, 9
+
+    def textbook(hidden, skip, weight, bias, norm_weight, norm_bias) -> Tensors:
+        joined = torch.cat([hidden, skip.repeat(timesteps, 1, 1)], dim=-1)
+        norm = (norm_weight.to(joined.dtype), norm_bias.to(joined.dtype), EPS)
+        return (F.linear(F.layer_norm(joined, (width,), *norm), weight, bias),)
+
+    def launch(module: ModuleType, hidden, skip, weight, bias, norm_weight, norm_bias):
+        given = (hidden, skip, norm_weight, norm_bias, EPS, weight, bias)
+
+        def backward(grad: torch.Tensor) -> Tensors:
+            grads = module.shared_skip_layer_norm_linear_bwd(grad, *given)
+            return *grads[:2], *grads[4:], *grads[2:4]
+
+        return (module.shared_skip_layer_norm_linear_fwd(*given),), backward
+
+    maps = (
+        noise(timesteps * batch, tokens, hidden, mean=mean),
+        noise(batch, tokens, skip, seed=1, mean=mean),
+        noise(out, width, seed=2) / width**0.5,
+        noise(out, seed=3),
+    )
+    parameters = (noise(width), noise(width, seed=1))
+    return Case("shared_skip_layer_norm_linear", maps, parameters, textbook, launch, mean)
+
+
 CASES: dict[str, Case] = {
     "skip-aligned": shared_skip(2, 3, 8, 4, 3, (3, 4)),
     "skip-straddling": shared_skip(4, 2, 6, 6, 3, (2, 3)),
@@ -266,6 +313,17 @@ CASES: dict[str, Case] = {
     "modulated-many-tokens": modulated(2, 1, 40, 70),
     "modulated-mean-100": modulated(2, 1, 3, 33, mean=100.0),
     "modulated-empty": modulated(3, 0, 5, 12),
+    "long-skip": long_skip(3, 2, 5, 12, 10),
+    "long-skip-own-rows": long_skip(1, 4, 3, 16, 16),
+    "long-skip-one-token": long_skip(4, 1, 1, 7, 3),
+    "long-skip-many-tokens": long_skip(2, 1, 40, 70, 33),
+    "long-skip-mean-100": long_skip(2, 1, 3, 33, 12, mean=100.0),
+    "long-skip-empty": long_skip(3, 0, 5, 12, 4),
+    "joined": joined(3, 2, 5, 12),
+    "joined-own-rows": joined(1, 4, 3, 16),
+    "joined-one-token": joined(4, 1, 1, 7),
+    "joined-many-tokens": joined(2, 1, 40, 70),
+    "joined-empty": joined(3, 0, 5, 12),
     "geglu": gated(2, 3, 10),
     "geglu-wide": gated(5, 2 * 130),
     "geglu-empty": gated(0, 3, 10),

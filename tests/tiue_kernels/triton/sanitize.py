@@ -20,6 +20,7 @@ from tilelens.core.trace import TritonTrace
 
 from tiue_kernels.triton import (
     adaptive_layer_norm,
+    gated_residual,
     geglu,
     group_norm,
     group_norm_tokens,
@@ -29,6 +30,7 @@ from tiue_kernels.triton import (
 from tiue_kernels.triton import broadcast_add_group_norm_silu as broadcast_add
 from tiue_kernels.triton import cross_timestep_attention as attention
 from tiue_kernels.triton import shared_skip_group_norm_silu as shared_skip
+from tiue_kernels.triton import shared_skip_layer_norm_linear as long_skip
 from tiue_kernels.triton import timestep_sum_group_norm_silu as timestep_sum
 
 K, B, GROUPS = 2, 2, 4
@@ -116,12 +118,28 @@ def cases() -> dict[str, Callable[[], None]]:
         torch.ones(K),
     )
     tokens, rows = torch.ones(B, 5, 12), torch.ones(K * B, 12)
+    projected = (
+        torch.ones(K * B, 5, 12), tokens, torch.ones(24), torch.ones(24), 1e-5,
+        torch.ones(8, 24), torch.ones(8),
+    )  # fmt: skip
     found: dict[str, Callable[[], None]] = {
         "adaptive_layer_norm-fwd": lambda: adaptive_layer_norm.adaptive_layer_norm_fwd(
             tokens, rows, rows, 1e-5
         ),
         "adaptive_layer_norm-bwd": lambda: adaptive_layer_norm.adaptive_layer_norm_bwd(
             torch.ones(K * B, 5, 12), tokens, rows, rows, torch.ones(2, B, 5)
+        ),
+        "gated_residual-fwd": lambda: gated_residual.gated_residual_fwd(
+            tokens, rows, torch.ones(K * B, 5, 12)
+        ),
+        "gated_residual-bwd": lambda: gated_residual.gated_residual_bwd(
+            torch.ones(K * B, 5, 12), tokens, rows, torch.ones(K * B, 5, 12)
+        ),
+        "shared_skip_layer_norm_linear-fwd": lambda: long_skip.shared_skip_layer_norm_linear_fwd(
+            *projected
+        ),
+        "shared_skip_layer_norm_linear-bwd": lambda: long_skip.shared_skip_layer_norm_linear_bwd(
+            torch.ones(K * B, 5, 8), *projected
         ),
         "geglu-fwd": lambda: geglu.geglu_fwd(x),
         "geglu-bwd": lambda: geglu.geglu_bwd(x[:, :6].clone(), x),

@@ -132,7 +132,17 @@ def test_error_is_at_most_twice_that_of_torch(name, form, backend, fences):
         *((name, "triton-split") for name in ("skip-straddling", "add", "sum")),
         *(
             (name, "triton")
-            for name in ("skip-straddling", "add", "sum", "combine", "kl", "modulated", "geglu")
+            for name in (
+                "skip-straddling",
+                "add",
+                "sum",
+                "combine",
+                "kl",
+                "modulated",
+                "joined",
+                "long-skip",
+                "geglu",
+            )
         ),
     ],
     indirect=["backend"],
