@@ -126,6 +126,11 @@ def random_transformer(
     return draw_parameters(student, generator)
 
 
+def transformer_class(name: str) -> Any:
+    """The student's class of a key of `testing.configs.TRANSFORMERS`."""
+    return TiUESD3Transformer2DModel if name.startswith("sd3") else TiUEPixArtTransformer2DModel
+
+
 def empty_transformer(
     name: str, border: int | None = None, device: str = "meta"
 ) -> OnePassTransformer:
@@ -136,11 +141,8 @@ def empty_transformer(
         border: Blocks that run once; by default half.
         device: By default one that holds no data.
     """
-    student_class: Any = TiUEPixArtTransformer2DModel
-    if name.startswith("sd3"):
-        student_class = TiUESD3Transformer2DModel
     with torch.device(device):
-        student = student_class(**TRANSFORMERS[name]).eval()
+        student = transformer_class(name)(**TRANSFORMERS[name]).eval()
     student.num_shared_blocks = border or len(student.blocks_list) // 2
     return student
 

@@ -13,13 +13,16 @@ import argparse
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from benchmarks.models import stable_diffusion_scheduler
+from benchmarks.models import (
+    stable_diffusion_scheduler,
+    transformer_class,
+    transformer_scheduler,
+)
 from benchmarks.saved_bytes import SavedBytes
-from testing.configs import CONFIGS, NUM_TOKENS
+from testing.configs import CONFIGS, NUM_TOKENS, TEXT_TOKENS, TRANSFORMERS
 from tiue import OnePassSchedule, TiUEUNet
 from tiue.distill import losses
 from tiue.distill.config import DistillConfig
@@ -27,12 +30,12 @@ from tiue.distill.parts import checkpoint_blocks
 from tiue.distill.settings import load_config
 from tiue.distill.step import Student
 from tiue.distill.student import add_student_lora
-from tiue.distill.teacher import NoiseSchedule, Teacher
+from tiue.distill.teacher import Teacher, noise_schedule_of
 from tiue.distill.text import Text
 
 MODELS = {
     "one-gpu-24gb": "sd21", "one-gpu-24gb-lora": "sd21", "sd15": "sd15", "sd21-base": "sd21",
-    "sdxl": "sdxl", "sdxl-one-gpu-80gb": "sdxl",
+    "sdxl": "sdxl", "sdxl-one-gpu-80gb": "sdxl", "pixart": "pixart", "sd3": "sd3",
 }  # fmt: skip
 PROCESSES = {"sdxl": 8}  # those of a sharded recipe
 _FLOAT, _HALF = 4, 2
@@ -53,7 +56,25 @@ def _without_data(network: nn.Module) -> None:
             setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
 
 
-def _text(unet: Any, rows: int) -> Text:
+def _network(model: str) -> Any:
+    if model in CONFIGS:
+        return TiUEUNet(**CONFIGS[model])
+    return transformer_class(model)(**TRANSFORMERS[model])
+
+
+def _scheduler(model: str) -> Any:
+    return stable_diffusion_scheduler() if model in CONFIGS else transformer_scheduler(model)
+
+
+def _text(unet: Any, model: str, rows: int) -> Text:
+    config, length = unet.config, TEXT_TOKENS.get(model)
+    if model.startswith("pixart"):
+        return Text(
+            torch.empty(rows, length, config.caption_channels), mask=torch.ones(rows, length)
+        )
+    if model.startswith("sd3"):
+        tokens = torch.empty(rows, length, config.joint_attention_dim)
+        return Text(tokens, torch.empty(rows, config.pooled_projection_dim))
     tokens = torch.empty(rows, NUM_TOKENS, unet.config.cross_attention_dim)
     if unet.config.addition_embed_type != "text_time":
         return Text(tokens)
@@ -62,16 +83,15 @@ def _text(unet: Any, rows: int) -> Text:
 
 def saved_bytes(config: DistillConfig, model: str) -> dict[str, int]:
     """Bytes that a micro-batch of the student, and one of the LoRA teacher, keeps for backward."""
-    scheduler: DDIMScheduler = stable_diffusion_scheduler()
+    scheduler = _scheduler(model)
     schedule = OnePassSchedule.from_scheduler(scheduler, config.num_decoder_steps)
-    found = {}
+    found, noises = {}, noise_schedule_of(scheduler)
     with torch.device("meta"):
         half = torch.bfloat16 if config.student_lora_rank else torch.float32
-        unet = TiUEUNet(**CONFIGS[model]).to(half).train()
+        unet = _network(model).to(half).train()
         if config.student_lora_rank:
             add_student_lora(unet, config)
-        frozen = TiUEUNet(**CONFIGS[model]).to(torch.bfloat16)
-        noises = NoiseSchedule(scheduler)
+        frozen = _network(model).to(torch.bfloat16)
         teacher = Teacher(frozen, noises, config.lora_rank, config.lora_alpha)
     checkpoint_blocks(unet, config)
     mixed = torch.autocast("cpu", torch.bfloat16, enabled=config.mixed_precision == "bf16")
@@ -80,13 +100,14 @@ def saved_bytes(config: DistillConfig, model: str) -> dict[str, int]:
         _without_data(frozen)
         teacher.lora_parameters = [p for p in frozen.parameters() if p.requires_grad]
         size = unet.config.sample_size
-        latents = torch.empty(config.batch_size, 4, size, size)
-        text = _text(unet, config.batch_size)
+        latents = torch.empty(config.batch_size, unet.config.in_channels, size, size)
+        text = _text(unet, model, config.batch_size)
         saved = SavedBytes(unet)
         with saved:
             noise = Student(unet, schedule)(latents, text)
             losses.vsd_loss(schedule.combine(latents, noise), latents)
-            losses.kl_loss(noise)
+            if config.kl_weight:
+                losses.kl_loss(noise)
         found["student"] = saved.total
         saved = SavedBytes(frozen)
         with saved:
@@ -101,16 +122,14 @@ def parts(recipe: str) -> dict[str, float]:
     config = load_config(recipe, output="run", embeddings="text")
     model, shares = MODELS[recipe], PROCESSES.get(recipe, 1)
     with torch.device("meta"):
-        unet = TiUEUNet(**CONFIGS[model])
+        unet = _network(model)
         total = sum(p.numel() for p in unet.parameters())
         trained = total
         if config.student_lora_rank:
             add_student_lora(unet, config)
             trained = sum(p.numel() for p in unet.parameters() if p.requires_grad)
-        teacher = Teacher(
-            TiUEUNet(**CONFIGS[model]), NoiseSchedule(stable_diffusion_scheduler()),
-            config.lora_rank,
-        )  # fmt: skip
+        noises = noise_schedule_of(_scheduler(model))
+        teacher = Teacher(_network(model), noises, config.lora_rank)
         lora = sum(p.numel() for p in teacher.lora_parameters)
     frozen = _HALF * (total if config.student_lora_rank else 0)
     moments = _MOMENTS[config.optimizer]

@@ -4,18 +4,15 @@ import pytest
 import torch
 
 from benchmarks import training_memory
-from benchmarks.models import stable_diffusion_scheduler
 from benchmarks.saved_bytes import SavedBytes
-from testing.configs import CONFIGS
-from tiue import OnePassSchedule, TiUEUNet
+from tiue import OnePassSchedule
 from tiue.distill import losses
 from tiue.distill.optimizers import build_optimizer
 from tiue.distill.parts import checkpoint_blocks
 from tiue.distill.settings import load_config
 from tiue.distill.step import Student
 from tiue.distill.student import add_student_lora
-from tiue.distill.teacher import NoiseSchedule, Teacher
-from tiue.distill.text import Text
+from tiue.distill.teacher import Teacher, noise_schedule_of
 
 
 def nbytes(tensors):
@@ -34,32 +31,34 @@ def held_by(network, config):
 
 
 @pytest.mark.parametrize(
-    "settings",
+    ("model", "settings"),
     [
-        {},
-        {"gradient_checkpointing": "encoder", "recompute_feed_forward": True},
-        {"student_lora_rank": 8},
+        ("tiny", {}),
+        ("tiny", {"gradient_checkpointing": "encoder", "recompute_feed_forward": True}),
+        ("tiny", {"student_lora_rank": 8}),
+        ("pixart-tiny", {"recompute_feed_forward": True}),
+        ("sd3-tiny", {"gradient_checkpointing": "all", "kl_weight": 0.0}),
     ],
 )
-def test_counted_parts_are_those_of_a_step(tmp_path, monkeypatch, settings):
+def test_counted_parts_are_those_of_a_step(tmp_path, monkeypatch, model, settings):
     given = {"teacher": "t", "embeddings": "e", "output": "o", "batch_size": 2, "lora_rank": 4,
              "mixed_precision": "bf16"} | settings  # fmt: skip
     recipe = tmp_path / "tiny.yaml"
     recipe.write_text("".join(f"{name}: {value}\n" for name, value in given.items()))
-    monkeypatch.setitem(training_memory.MODELS, str(recipe), "tiny")
+    monkeypatch.setitem(training_memory.MODELS, str(recipe), model)
     counted = {name: size * 1e9 for name, size in training_memory.parts(str(recipe)).items()}
 
     config = load_config(recipe)
-    scheduler = stable_diffusion_scheduler()
+    scheduler = training_memory._scheduler(model)
     torch.manual_seed(0)
     half = torch.bfloat16 if config.student_lora_rank else torch.float32
-    unet = TiUEUNet(**CONFIGS["tiny"]).to(half).train()
+    unet = training_memory._network(model).to(half).train()
     if config.student_lora_rank:
         add_student_lora(unet, config)
     checkpoint_blocks(unet, config)
-    frozen = TiUEUNet(**CONFIGS["tiny"]).to(torch.bfloat16)
+    frozen = training_memory._network(model).to(torch.bfloat16)
     base = nbytes(frozen.parameters())
-    noises = NoiseSchedule(scheduler)
+    noises = noise_schedule_of(scheduler)
     teacher = Teacher(frozen, noises, config.lora_rank, config.lora_alpha)
     weights, gradients, moments = held_by(unet, config)
     whole = nbytes(unet.parameters())
@@ -72,15 +71,17 @@ def test_counted_parts_are_those_of_a_step(tmp_path, monkeypatch, settings):
     assert counted["LoRA teacher, its gradients and optimiser"] == pytest.approx(own)
 
     schedule = OnePassSchedule.from_scheduler(scheduler, config.num_decoder_steps)
-    latents = torch.randn(2, 4, 16, 16)
-    text = Text(torch.randn(2, training_memory.NUM_TOKENS, 32))
+    size = unet.config.sample_size
+    latents = torch.randn(2, 4, size, size)
+    text = training_memory._text(unet, model, 2)
     kept = []
     with torch.autocast("cpu", torch.bfloat16):
         saved = SavedBytes(unet)
         with saved:
             noise = Student(unet, schedule)(latents, text)
             losses.vsd_loss(schedule.combine(latents, noise), torch.randn_like(latents))
-            losses.kl_loss(noise)
+            if config.kl_weight:
+                losses.kl_loss(noise)
         kept.append(saved.total)
         saved = SavedBytes(frozen)
         with saved:

@@ -144,7 +144,7 @@ def test_the_parts_of_a_distillation(folder):
     """A copy lacks a layer of each part: every loader names it."""
     lost = {part: edit_weights(folder, part, without(FIRST[part])) for part in FILES}
     for part, load in {
-        "unet": lambda: loading.load_unet(str(folder)),
+        "unet": lambda: loading.load_network(str(folder)),
         "text_encoder": lambda: loading.load_text_encoder(str(folder), CPU),
         "vae": lambda: loading.load_vae(str(folder), CPU),
     }.items():

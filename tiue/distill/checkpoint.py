@@ -1,7 +1,8 @@
 """What a run leaves to go on from: folders that appear once they are complete and on disk.
 
-`checkpoints/step-<n>/` holds `unet/`, `unet_ema/` and `scheduler/` (diffusers), `lora/` (PEFT), of
-a student that is a LoRA `student_lora/` too, of a run with a GAN loss `critic.safetensors`,
+`checkpoints/step-<n>/` holds `unet/`, `unet_ema/` (of a transformer `transformer/` and
+`transformer_ema/`) and `scheduler/` (diffusers), `lora/` (PEFT), of a student that is a LoRA
+`student_lora/` too, of a run with a GAN loss `critic.safetensors`,
 `config.yaml`, and what accelerate's `save_state`
 writes: both optimisers, both rate schedules, the random state of every process, and `RunState`.
 Sharded optimisers are in `optimizers/`, as torch.distributed.checkpoint writes them.
@@ -18,7 +19,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from diffusers import SchedulerMixin, UNet2DConditionModel
+from diffusers import SchedulerMixin
 from diffusers.training_utils import EMAModel
 from huggingface_hub import save_torch_state_dict
 from peft import get_peft_model_state_dict
@@ -29,6 +30,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_
 
 from tiue.distill.adversary import HEAD, critic_parameters
 from tiue.distill.config import DistillConfig
+from tiue.distill.networks import family_of
 from tiue.distill.output import list_checkpoints
 from tiue.distill.settings import CONFIG, changed_fields, load_config, write_config
 from tiue.distill.sharding import (
@@ -164,6 +166,7 @@ class Checkpoints:
         self.scheduler, self.state = scheduler, state
         self._trained = {"student": student, "lora": lora}
         self._sharded = is_sharded(student.network)
+        self._component = family_of(accelerator.unwrap_model(student.network).unet).component
         accelerator.register_for_checkpointing(state)
         accelerator.register_save_state_pre_hook(self._write_models)
         accelerator.register_load_state_pre_hook(self._read_models)
@@ -231,7 +234,8 @@ class Checkpoints:
             raise CheckpointError(
                 f"'{place}' is of a run with other settings: {values}. They decide what the "
                 f"weights become: give those of '{place / CONFIG}', go on with others by "
-                f"--allow-change {refused[0]}, or start anew with --student {place}/unet."
+                f"--allow-change {refused[0]}, or start anew with --student "
+                f"{place / self._component}."
             )
         self.state.changed = dict(changed)
         given = [_settings_of(trained) for trained in (self.student, self.lora)]
@@ -251,7 +255,7 @@ class Checkpoints:
         return saved
 
     def write_student(self, folder: Path, averaged: bool = True) -> None:
-        """Write the student as a UNet folder; every process must ask.
+        """Write the student as a UNet's or transformer's folder; every process must ask.
 
         Args:
             folder: The folder; made if missing.
@@ -294,9 +298,9 @@ class Checkpoints:
     def _write_models(self, _models: list[Any], weights: list[Any], output: str) -> None:
         weights.clear()  # else accelerate would write them a second time
         folder, lora_unet = Path(output), self.accelerator.unwrap_model(self.lora.network)
-        self.write_student(folder / "unet", averaged=False)
+        self.write_student(folder / self._component, averaged=False)
         if self.ema is not None:
-            self.write_student(folder / "unet_ema")
+            self.write_student(folder / f"{self._component}_ema")
         if self.config.student_lora_rank:
             self.write_student_lora(folder / "student_lora", averaged=False)
             if self.ema is not None:
@@ -306,7 +310,7 @@ class Checkpoints:
         if self._sharded:
             save_optimizers(self._trained, folder)
 
-    def _write_lora(self, unet: UNet2DConditionModel, folder: Path) -> None:
+    def _write_lora(self, unet: Any, folder: Path) -> None:
         lora = {name: whole(p) for name, p in _lora_parameters(unet).items()}
         lora = get_peft_model_state_dict(unet, state_dict=lora)
         if self.accelerator.is_main_process:
@@ -317,7 +321,7 @@ class Checkpoints:
                 metadata={"format": "pt"},
             )
 
-    def _write_critic(self, unet: UNet2DConditionModel, path: Path) -> None:
+    def _write_critic(self, unet: Any, path: Path) -> None:
         weights = {name: whole(p).contiguous() for name, p in critic_parameters(unet).items()}
         if weights and self.accelerator.is_main_process:
             save_file(weights, path, metadata={"format": "pt"})
@@ -327,7 +331,7 @@ class Checkpoints:
         if self.config.student_lora_rank:
             _read_lora(unet, folder / f"student_lora{ending}")
         else:
-            _set_weights(unet, _read_unet(folder / f"unet{ending}"))
+            _set_weights(unet, _read_network(unet, folder / f"{self._component}{ending}"))
 
     def _read_models(self, models: list[Any], source: str) -> None:
         folder, unwrap = Path(source), self.accelerator.unwrap_model
@@ -371,8 +375,8 @@ def averaged_weights(trained: Trained, ema: EMAModel | None) -> Iterator[None]:
         ema.restore(trained.local)
 
 
-def write_unet(unet: UNet2DConditionModel, state: dict[str, Tensor], folder: Path) -> None:
-    """Write a UNet's folder as `save_pretrained` does, of weights that may come from elsewhere.
+def write_unet(unet: Any, state: dict[str, Tensor], folder: Path) -> None:
+    """Write a network's folder as `save_pretrained` does, of weights that may come from elsewhere.
 
     Args:
         unet: Gives the configuration.
@@ -408,17 +412,17 @@ def _put_settings(trained: Trained, settings: tuple[list[Any], list[dict[str, An
         group.update(given, lr=rate)
 
 
-def _read_unet(folder: Path) -> dict[str, Tensor]:
-    unet = UNet2DConditionModel.from_pretrained(folder, use_safetensors=True)
-    return unet.state_dict()
+def _read_network(own: Any, folder: Path) -> dict[str, Tensor]:
+    network = family_of(own).plain.from_pretrained(folder, use_safetensors=True)
+    return network.state_dict()
 
 
-def _set_weights(unet: UNet2DConditionModel, state: dict[str, Tensor]) -> None:
+def _set_weights(unet: Any, state: dict[str, Tensor]) -> None:
     # Copies into the shards of a sharded model, and into the parameters of any other.
     set_model_state_dict(unet, dict(state), options=StateDictOptions(full_state_dict=True))
 
 
-def _read_lora(unet: UNet2DConditionModel, folder: Path) -> None:
+def _read_lora(unet: Any, folder: Path) -> None:
     saved = load_file(folder / _LORA_FILE)
     weights = {name.removeprefix(_LORA_PREFIX): weight for name, weight in saved.items()}
     # PEFT keeps an adapter's name inside the parameters' names, and leaves it out of files.
@@ -429,7 +433,7 @@ def _read_lora(unet: UNet2DConditionModel, folder: Path) -> None:
         put(parameter, weights[name])
 
 
-def _read_critic(unet: UNet2DConditionModel, path: Path) -> None:
+def _read_critic(unet: Any, path: Path) -> None:
     own = critic_parameters(unet)
     weights = load_file(path) if own else {}
     if weights.keys() != own.keys():
@@ -438,7 +442,7 @@ def _read_critic(unet: UNet2DConditionModel, path: Path) -> None:
         put(parameter, weights[name])
 
 
-def _lora_parameters(unet: UNet2DConditionModel) -> dict[str, Tensor]:
+def _lora_parameters(unet: Any) -> dict[str, Tensor]:
     return {
         name: parameter
         for name, parameter in unet.named_parameters()

@@ -61,6 +61,11 @@ class DistillConfig:
     student_lora_alpha: Annotated[
         float, "Alpha of the student's LoRA: its output is scaled by alpha / rank."
     ] = 64.0
+    num_shared_blocks: Annotated[
+        int | None,
+        "Blocks of a transformer that run once; by default those of the folder that it starts "
+        "from, or half. A UNet has an encoder of its own.",
+    ] = None
     num_decoder_steps: Annotated[
         int,
         "Decoder timesteps K of the student, all run in one batch over one encoder pass.",
@@ -272,6 +277,8 @@ class DistillConfig:
             self._require(0 <= getattr(self, name) < 1, name, "from 0 to less than 1")
         for name in ("height", "width"):
             self._require(getattr(self, name) is None or getattr(self, name) >= 1, name, "positive")
+        shared = self.num_shared_blocks
+        self._require(shared is None or shared >= 1, "num_shared_blocks", "at least 1")
         choices = {
             "timestep_spacing": (None, *get_args(Spacing)),
             "weighting": get_args(Weighting),

@@ -2,7 +2,8 @@
 
 A folder holds `embeddings-<n>.safetensors`, `empty.safetensors` (the empty prompt, whole),
 `prompts.jsonl` (the prompts, one JSON string a line) and `index.json`, written last. A shard holds
-`prompt_embeds`, [rows, L, D] float16, and SDXL's `pooled`, [rows, P]. Two forms are smaller, and
+`prompt_embeds`, [rows, L, D] float16, `pooled`, [rows, P], of SDXL and Stable Diffusion 3, and
+PixArt's `mask`, [rows, L]. Two forms are smaller, and
 lossy: int8, with one `scale` [L, D] a shard, and unpadded, which holds real tokens alone,
 [tokens, D], of row i those from `starts[i]` on.
 """
@@ -33,7 +34,8 @@ from tiue.files import sha256, write_file, write_json
 
 INDEX = "index.json"
 _PROMPTS, _EMPTY, _VERIFIED = "prompts.jsonl", "empty.safetensors", "verified.json"
-_KEY, _POOLED, _SCALE, _STARTS = "prompt_embeds", "pooled", "scale", "starts"
+_KEY, _SCALE, _STARTS = "prompt_embeds", "scale", "starts"
+_BESIDE = ("pooled", "mask")  # what a text has besides its tokens, in float16
 _COUNTED = 1 << 16  # prompts tokenized at once
 
 
@@ -181,9 +183,8 @@ def _pack(text: Text, lengths: list[int] | None, int8: bool) -> dict[str, Tensor
         tensors[_STARTS] = torch.tensor([0, *lengths]).cumsum(0)
         tokens = torch.cat([row[:length] for row, length in zip(tokens, lengths, strict=True)])
     tensors[_KEY] = tokens.contiguous()
-    if text.pooled is not None:
-        tensors[_POOLED] = text.pooled.half()
-    return tensors
+    beside = {name: own.half() for name, own in text.tensors().items() if name in _BESIDE}
+    return tensors | beside
 
 
 def _row(shard: dict[str, Tensor], row: int) -> Text:
@@ -191,8 +192,8 @@ def _row(shard: dict[str, Tensor], row: int) -> Text:
     tokens, starts, scale = shard[_KEY], shard.get(_STARTS), shard.get(_SCALE)
     own = tokens[row] if starts is None else tokens[starts[row] : starts[row + 1]]
     own = own.float() if scale is None else own.float() * scale[: len(own)]
-    pooled = shard.get(_POOLED)
-    return Text(own, None if pooled is None else pooled[row].float())
+    beside = {name: shard[name][row].float() for name in _BESIDE if name in shard}
+    return Text(own).of({"tokens": own, **beside})
 
 
 class StoredPrompts:
@@ -226,7 +227,9 @@ class StoredPrompts:
             with open(folder / _PROMPTS, encoding="utf-8") as file:
                 self.prompts: list[str] = [json.loads(line) for line in file]
             empty = load_file(folder / _EMPTY)
-            self.empty = Text(empty[_KEY], empty.get(_POOLED)).map(lambda t: t.float().to(device))
+            beside = {name: empty[name] for name in _BESIDE if name in empty}
+            text = Text(empty[_KEY]).of({"tokens": empty[_KEY], **beside})
+            self.empty = text.map(lambda tensor: tensor.float().to(device))
             self._files = [
                 safe_open(folder / shard["file"], framework="pt") for shard in index["shards"]
             ]
@@ -248,9 +251,8 @@ class StoredPrompts:
         """Return the embeddings of the prompts at `indices` [B], on the device."""
         size = self._shard_size
         rows = [_row(self._shards[index // size], index % size) for index in indices.tolist()]
-        tokens = torch.stack([self._padded(row.tokens) for row in rows])
-        pooled = [row.pooled for row in rows if row.pooled is not None]
-        text = Text(tokens, torch.stack(pooled) if pooled else None)
+        whole = [row._replace(tokens=self._padded(row.tokens)) for row in rows]
+        text = join([row.map(lambda tensor: tensor[None]) for row in whole])
         return text.map(lambda tensor: tensor.to(self._device))
 
     def _padded(self, tokens: Tensor) -> Tensor:

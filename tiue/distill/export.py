@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
-from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from huggingface_hub import HfApi
 
 from tiue.distill.loading import load_pipeline_around
+from tiue.distill.networks import FAMILIES, family_named
 from tiue.distill.settings import CONFIG, load_config
 from tiue.errors import CheckpointError, InputError, OutputError
 from tiue.files import whole_folder
@@ -31,7 +32,13 @@ def export_student(run: Path, output: Path, teacher: str | None = None) -> Path:
     if output.exists():
         raise InputError(f"'{output}' exists already; give a new folder with --output.")
     # A checkpoint keeps both; the average is the better student.
-    names = [name for name in ("unet_ema", "unet") if (run / name / "config.json").is_file()]
+    components = dict.fromkeys(family.component for family in FAMILIES)
+    names = [
+        name
+        for component in components
+        for name in (f"{component}_ema", component)
+        if (run / name / "config.json").is_file()
+    ]
     if not names or not (run / "scheduler").is_dir():
         raise CheckpointError(
             f"'{run}' holds no student (unet/ and scheduler/). Give the output folder of a "
@@ -41,8 +48,13 @@ def export_student(run: Path, output: Path, teacher: str | None = None) -> Path:
         raise InputError(f"'{run}' has no {CONFIG} that names its teacher: give it with --teacher.")
     teacher = teacher or load_config(run / CONFIG).teacher
     try:
-        unet = UNet2DConditionModel.from_pretrained(run / names[0], use_safetensors=True)
-        scheduler = DDIMScheduler.from_pretrained(run / "scheduler")
+        config = FAMILIES[0].plain.load_config(run / names[0])
+        plain = family_named(config["_class_name"]).plain
+        unet = plain.from_pretrained(run / names[0], use_safetensors=True)
+        config = DDIMScheduler.load_config(run / "scheduler")
+        flow = config["_class_name"].startswith("FlowMatch")
+        scheduler_class = FlowMatchEulerDiscreteScheduler if flow else DDIMScheduler
+        scheduler = scheduler_class.from_pretrained(run / "scheduler")
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"Cannot load the student in '{run}' ({error}).") from error
     pipeline = load_pipeline_around(teacher, unet, scheduler)
@@ -67,7 +79,7 @@ def push_student(run: Path, name: str) -> None:
         OutputError: If it cannot be put there; the student stays in its folder.
     """
     whole = (run / "pipeline").is_dir()
-    patterns = None if whole else ["unet/*", "scheduler/*", "lora/*"]
+    patterns = None if whole else ["unet/*", "transformer/*", "scheduler/*", "lora/*"]
     try:
         hub = HfApi()
         hub.create_repo(name, exist_ok=True)

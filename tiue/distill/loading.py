@@ -12,9 +12,12 @@ from diffusers import (
     AutoencoderTiny,
     DDIMScheduler,
     DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    PixArtAlphaPipeline,
+    PixArtSigmaPipeline,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
-    UNet2DConditionModel,
 )
 from huggingface_hub import snapshot_download
 from transformers import (
@@ -22,18 +25,35 @@ from transformers import (
     CLIPModel,
     CLIPTextModel,
     CLIPTextModelWithProjection,
+    T5EncoderModel,
 )
 
 from tiue.distill.clip import ClipScorer
-from tiue.distill.text import Encoder, TextEncoder, XLTextEncoder
+from tiue.distill.networks import UNET, Family, family_named
+from tiue.distill.text import (
+    Encoder,
+    PixArtTextEncoder,
+    SD3TextEncoder,
+    TextEncoder,
+    XLTextEncoder,
+)
 from tiue.embedded import EMBEDDED, weights_folder
 from tiue.errors import CheckpointError, InputError, TiUEError
 from tiue.files import sha256
 from tiue.loading.checks import fit_tokenizer, looks_local
 from tiue.loading.weights import load_models, load_whole
-from tiue.unet import TiUEUNet
 
-_PIPELINES = {cls.__name__: cls for cls in (StableDiffusionPipeline, StableDiffusionXLPipeline)}
+_PIXART_TOKENS = {PixArtAlphaPipeline: 120, PixArtSigmaPipeline: 300}
+_PIPELINES: dict[str, Any] = {
+    cls.__name__: cls
+    for cls in (
+        StableDiffusionPipeline, StableDiffusionXLPipeline, StableDiffusion3Pipeline,
+        *_PIXART_TOKENS,
+    )
+}  # fmt: skip
+_TEXT_MODELS: dict[str, Any] = {
+    cls.__name__: cls for cls in (CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel)
+}
 
 
 @contextmanager
@@ -59,28 +79,44 @@ def resolve_teacher(source: str) -> str:
     return str(weights_folder(source) / "teacher") if source in EMBEDDED else source
 
 
-def load_unet(source: str, dtype: torch.dtype = torch.float32) -> TiUEUNet:
-    """Load a UNet, teacher's or student's.
+def load_network(source: str, dtype: torch.dtype = torch.float32) -> Any:
+    """Load a UNet or a transformer, teacher's or student's, as its one-pass class.
 
     Args:
-        source: Folder or hub id of a Stable Diffusion pipeline, or the folder of a UNet itself.
+        source: Folder or hub id of a pipeline, or the folder of the network itself.
         dtype: Type of its weights; float32 for one that is trained.
 
     Returns:
-        The UNet, in evaluation mode.
+        The network, in evaluation mode.
 
     Raises:
-        ArchitectureError: If it has no cross-attention.
-        CheckpointError: If it is missing, incomplete, a pickle or of another architecture.
+        ArchitectureError: If it cannot be distilled.
+        CheckpointError: If it is missing, incomplete or a pickle.
     """
     source = resolve_teacher(source)
-    subfolder = None if (Path(source) / "config.json").is_file() else "unet"
-    with _reading("UNet", source):
-        return TiUEUNet.from_pretrained(source, subfolder=subfolder, dtype=dtype)
+    subfolder = None if (Path(source) / "config.json").is_file() else _component(source)
+    with _reading(subfolder or "network", source):
+        student = _family(source, subfolder).student
+        return student.from_pretrained(source, subfolder=subfolder, dtype=dtype)
+
+
+def _component(source: str) -> str:
+    """Where a pipeline keeps its network."""
+    return "transformer" if "transformer" in _read_index(source) else "unet"
+
+
+def _family(source: str, subfolder: str | None) -> Family:
+    """The family of a network by its configuration; of one without, that of a UNet."""
+    if subfolder == "unet":
+        return UNET
+    name = UNET.plain.load_config(source, subfolder=subfolder).get("_class_name", "")
+    # A UNet of another class is refused by its own loading, which says what it lacks.
+    transformer = any(word in name for word in ("Transformer", "DiT"))
+    return family_named(name) if subfolder or transformer else UNET
 
 
 def teacher_digest(source: str) -> str:
-    """Tell a teacher's UNet from others by its weights, wherever they lie.
+    """Tell a teacher's network from others by its weights, wherever they lie.
 
     Args:
         source: Folder or hub id of the teacher, which has been loaded from there.
@@ -89,15 +125,17 @@ def teacher_digest(source: str) -> str:
         SHA-256 over the weights' files.
     """
     source = resolve_teacher(source)
+    component = _component(source)
     if not Path(source).is_dir():
-        source = snapshot_download(source, allow_patterns=["unet/*"], local_files_only=True)
-    folder = Path(source) / "unet" if (Path(source) / "unet").is_dir() else Path(source)
+        patterns = [f"{component}/*"]
+        source = snapshot_download(source, allow_patterns=patterns, local_files_only=True)
+    folder = Path(source) / component if (Path(source) / component).is_dir() else Path(source)
     files = sorted(folder.glob("*.safetensors"))
     return hashlib.sha256("".join(map(sha256, files)).encode()).hexdigest()
 
 
 def load_text_encoder(source: str, device: torch.device) -> Encoder:
-    """Load a teacher's tokenizers and text encoders: one of each, or SDXL's two.
+    """Load a teacher's tokenizers and text encoders: one of each, or those of its pipeline.
 
     Args:
         source: Folder or hub id of a Stable Diffusion pipeline.
@@ -110,6 +148,8 @@ def load_text_encoder(source: str, device: torch.device) -> Encoder:
         CheckpointError: If one is missing, incomplete or a pickle.
     """
     source = resolve_teacher(source)
+    if _component(source) == "transformer":
+        return _load_transformer_text(source, _read_index(source), device)
     if is_xl(source):
         return XLTextEncoder(_load_xl_text(source, _read_index(source), device))
     with _reading("tokenizer", source):
@@ -146,6 +186,33 @@ def _load_xl_text(
         vae=None, unet=None, scheduler=None, add_watermarker=False,
         force_zeros_for_empty_prompt=index.get("force_zeros_for_empty_prompt", True), **parts,
     )  # fmt: skip
+
+
+def _load_transformer_text(source: str, index: dict[str, Any], device: torch.device) -> Encoder:
+    """PixArt's T5, or Stable Diffusion 3's two CLIPs and T5, of which T5 may be missing."""
+    kind: Any = _PIPELINES.get(index["_class_name"])
+    if kind is not StableDiffusion3Pipeline and kind not in _PIXART_TOKENS:
+        raise CheckpointError(
+            f"'{source}' is a {index['_class_name']}, whose text encoders are not known here: give "
+            "the embeddings (`tiue embed-text` cannot make them either), or another teacher."
+        )
+    parts: dict[str, Any] = dict.fromkeys(("transformer", "vae", "scheduler"))
+    for name, (_, found) in ((n, v) for n, v in index.items() if n.startswith("tokenizer")):
+        with _reading(name, source):
+            parts[name] = found and AutoTokenizer.from_pretrained(source, subfolder=name)
+    for name, (_, found) in ((n, v) for n, v in index.items() if n.startswith("text_encoder")):
+        with _reading(name, source):
+            parts[name] = None
+            if found is not None:
+                load = _TEXT_MODELS[found].from_pretrained
+                encoder = load_whole(load, source, name, subfolder=name)
+                parts[name] = encoder.to(device).eval().requires_grad_(False)
+    with _reading("transformer", source):
+        config = UNET.plain.load_config(source, subfolder="transformer")
+    pipeline = kind(**parts)
+    if kind in _PIXART_TOKENS:
+        return PixArtTextEncoder(pipeline, _PIXART_TOKENS[kind])
+    return SD3TextEncoder(pipeline, config["joint_attention_dim"])
 
 
 def _read_index(source: str) -> dict[str, Any]:
@@ -216,8 +283,8 @@ def load_clip_scorer(model: str, vae: str, device: torch.device) -> ClipScorer:
 
 def load_student_scheduler(
     source: str, num_decoder_steps: int, timestep_spacing: str | None = None
-) -> DDIMScheduler:
-    """Make the student's scheduler: DDIM over the teacher's diffusion.
+) -> DDIMScheduler | FlowMatchEulerDiscreteScheduler:
+    """Make the student's scheduler: DDIM over the teacher's diffusion, Euler over its flow.
 
     Args:
         source: Folder or hub id of the teacher.
@@ -235,6 +302,8 @@ def load_student_scheduler(
     overrides = {"timestep_spacing": timestep_spacing} if timestep_spacing else {}
     with _reading("scheduler", source):
         config = DDIMScheduler.load_config(source, subfolder="scheduler")
+        if config["_class_name"].startswith("FlowMatch"):
+            return _flow_scheduler(config, timestep_spacing)
         scheduler = DDIMScheduler.from_config(
             config, clip_sample=False, thresholding=False, **overrides
         )
@@ -247,14 +316,23 @@ def load_student_scheduler(
     return scheduler
 
 
-def load_pipeline_around(
-    source: str, unet: UNet2DConditionModel, scheduler: DDIMScheduler
-) -> DiffusionPipeline | None:
+def _flow_scheduler(
+    config: dict[str, Any], timestep_spacing: str | None
+) -> FlowMatchEulerDiscreteScheduler:
+    if timestep_spacing is not None:
+        raise InputError(
+            "timestep_spacing is one of diffusion schedulers, and this teacher's is a flow: leave "
+            "it out; the noise levels are spread by the scheduler's shift."
+        )
+    return FlowMatchEulerDiscreteScheduler.from_config(config, stochastic_sampling=False)
+
+
+def load_pipeline_around(source: str, network: Any, scheduler: Any) -> DiffusionPipeline | None:
     """Put a student into the pipeline that its teacher came from.
 
     Args:
         source: Folder or hub id of the teacher.
-        unet: The student, as a plain diffusers UNet.
+        network: The student, as a plain diffusers UNet or transformer.
         scheduler: The student's scheduler.
 
     Returns:
@@ -267,9 +345,13 @@ def load_pipeline_around(
     index = _read_index(source)
     if index.get("vae", [None])[0] is None:
         return None
-    components = {"unet": unet, "scheduler": scheduler}
+    components = {_component(source): network, "scheduler": scheduler}
     with _reading("pipeline", source):
-        if Path(source).is_dir():
+        if Path(source).is_dir() and _component(source) == "unet":
             components |= load_models(Path(source), index, components)
         kind = _PIPELINES.get(index["_class_name"], StableDiffusionPipeline)
+        # Stable Diffusion 3 without T5: diffusers wants it said, and saves nothing that says it.
+        for name in ("text_encoder_3", "tokenizer_3"):
+            if kind is StableDiffusion3Pipeline and index.get(name, [None, None])[1] is None:
+                components[name] = None
         return kind.from_pretrained(source, use_safetensors=True, **components)

@@ -31,7 +31,9 @@ def vsd_gradient(
 
     .. math:: g = w_t (\epsilon_T^{cfg}(x_t) - \epsilon_{LoRA}^{cfg}(x_t))
 
-    with :math:`w_t = \sigma_t^2 = 1 - \bar\alpha_t` for ``sigma2`` and 1 for ``uniform``.
+    with :math:`w_t = \sigma_t^2 = 1 - \bar\alpha_t` for ``sigma2`` and 1 for ``uniform``. Of a flow
+    the two are velocities :math:`v = \epsilon - x`, whose difference is that of the noises over
+    :math:`1 - \sigma_t`: it does not vanish at the highest noise levels.
 
     Args:
         teacher_noise: The frozen teacher's noise, guided, [B, C, H, W].
@@ -111,9 +113,9 @@ def lora_loss(noise_pred: Tensor, noise: Tensor, alpha: Tensor) -> Tensor:
         \quad \alpha_t = \sqrt{\bar\alpha_t}
 
     Args:
-        noise_pred: The LoRA teacher's noise, [B, C, H, W].
-        noise: The noise that was added, [B, C, H, W].
-        alpha: Scale of the signal in x_t, [B, 1, 1, 1].
+        noise_pred: The LoRA teacher's noise, or of a flow its velocity, [B, C, H, W].
+        noise: The noise that was added, or the velocity, [B, C, H, W].
+        alpha: Scale of the signal in x_t, [B, 1, 1, 1]; of a flow 1.
 
     Returns:
         The loss, a float32 scalar.

@@ -12,7 +12,9 @@ from tiue.errors import InputError, OutputError
 
 LOCK = ".lock"
 # What a write that was killed leaves: of `whole_folder`, of `write_file`, of `Checkpoints.save`.
-_LEFTOVERS = re.compile(r"\.(unet|lora|scheduler|pipeline|best)-.{8}|\.\d+\..+|\.step-\d+\.partial")
+_LEFTOVERS = re.compile(
+    r"\.(unet|transformer|lora|scheduler|pipeline|best)-.{8}|\.\d+\..+|\.step-\d+\.partial"
+)
 
 
 def list_checkpoints(checkpoints: Path) -> list[Path]:

@@ -4,17 +4,18 @@ import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
-from diffusers import UNet2DConditionModel
 from torch import nn
 
 from tiue.distill import loading
 from tiue.distill.config import DistillConfig
 from tiue.distill.embeddings import StoredPrompts
 from tiue.distill.monitor import check_trackers
+from tiue.distill.networks import UNET, Family, family_of
 from tiue.distill.processes import require_shared_work
 from tiue.distill.prompts import read_prompts
 from tiue.distill.sharding import check_sharding
@@ -22,7 +23,6 @@ from tiue.distill.student import add_student_lora
 from tiue.distill.text import EncodedPrompts, Encoder, Text, TextSource
 from tiue.distill.validation import Validation
 from tiue.errors import CheckpointError, InputError
-from tiue.unet import TiUEUNet
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +102,7 @@ def _is_same_place(one: str, other: str) -> bool:
     return first == second
 
 
-def check_text(text: Text, unet: UNet2DConditionModel) -> None:
+def check_text(text: Text, unet: Any) -> None:
     """See that embeddings are what a teacher's UNet reads.
 
     Args:
@@ -112,7 +112,17 @@ def check_text(text: Text, unet: UNet2DConditionModel) -> None:
     Raises:
         InputError: If they are another text encoder's.
     """
-    widths, given = unet.config.cross_attention_dim, text.tokens.shape[-1]
+    given = text.tokens.shape[-1]
+    if family_of(unet) is not UNET:
+        names = ("caption_channels", "joint_attention_dim")
+        width = next(unet.config[name] for name in names if name in unet.config)
+        if given != width:
+            raise InputError(
+                f"The embeddings are of width {given}; the teacher's transformer reads {width}. "
+                "Write them of this teacher with `tiue embed-text`, or give the prompts themselves."
+            )
+        return
+    widths = unet.config.cross_attention_dim
     read = {widths} if isinstance(widths, int) else set(widths)
     fits = unet.config.encoder_hid_dim is not None or read == {given}
     pooled = text.pooled is not None
@@ -125,24 +135,31 @@ def check_text(text: Text, unet: UNet2DConditionModel) -> None:
         )
 
 
-def load_student(config: DistillConfig, teacher: UNet2DConditionModel) -> TiUEUNet:
-    """Load the UNet that is trained, with its blocks checkpointed as asked.
+def load_student(config: DistillConfig, teacher: Any) -> Any:
+    """Load the UNet or transformer that is trained, with its blocks checkpointed as asked.
 
     Raises:
         CheckpointError: If it cannot be loaded, or does not fit the teacher.
+        InputError: If a setting does not apply to its family.
     """
     # Weights that are not trained need no float32.
     kind = WEIGHT_TYPES[config.mixed_precision] if config.student_lora_rank else torch.float32
-    unet = loading.load_unet(config.student or config.teacher, kind).train()
-    for name in (
-        "in_channels", "out_channels", "cross_attention_dim", "addition_embed_type",
-        "projection_class_embeddings_input_dim",
-    ):  # fmt: skip
+    unet = loading.load_network(config.student or config.teacher, kind).train()
+    family = family_of(teacher)
+    if not isinstance(unet, family.plain):
+        raise CheckpointError(
+            f"The student is a {family_of(unet).plain.__name__} and the teacher a "
+            f"{family.plain.__name__}. Start from a network of the teacher's kind."
+        )
+    check_family(config, family)
+    if config.num_shared_blocks is not None:
+        unet.num_shared_blocks = config.num_shared_blocks
+    for name in family.alike:
         own, taught = unet.config[name], teacher.config[name]
         if own != taught:
             raise CheckpointError(
                 f"The student's {name} is {own} and the teacher's {taught}: they must share "
-                "latents and text encoder. Start from a UNet of the teacher's kind."
+                "latents and text encoder. Start from a network of the teacher's kind."
             )
     if config.student_lora_rank:
         add_student_lora(unet, config)
@@ -150,12 +167,32 @@ def load_student(config: DistillConfig, teacher: UNet2DConditionModel) -> TiUEUN
     return unet
 
 
-def checkpoint_blocks(unet: TiUEUNet, config: DistillConfig) -> None:
+def check_family(config: DistillConfig, family: Family) -> None:
+    """Refuse settings that a family does not take.
+
+    Raises:
+        InputError: Naming the setting.
+    """
+    if family is UNET:
+        if config.num_shared_blocks is not None:
+            raise InputError(
+                "num_shared_blocks is the border of a transformer; a UNet has an encoder of its "
+                "own: leave it out."
+            )
+        return
+    for name, off in (("gan_weight", 0), ("evaluate_every", 0), ("sharding", "none")):
+        if getattr(config, name) != off:
+            raise InputError(f"Transformers are distilled with {name} {off!r} alone so far.")
+
+
+def checkpoint_blocks(unet: Any, config: DistillConfig) -> None:
     """Let backward compute again what the settings say, for less memory."""
     unet.recompute_feed_forward = config.recompute_feed_forward
     if config.gradient_checkpointing != "none":
         unet.enable_gradient_checkpointing()
-    if config.gradient_checkpointing == "encoder":
+    if config.gradient_checkpointing == "encoder" and family_of(unet) is not UNET:
+        unet.checkpoint_decoder = False
+    elif config.gradient_checkpointing == "encoder":
         for module in unet.up_blocks.modules():
             if hasattr(module, "gradient_checkpointing"):
                 module.gradient_checkpointing = False
@@ -179,7 +216,7 @@ def compile_network(network: nn.Module, backend: str) -> None:
     network.compile(backend=backend, dynamic=False)
 
 
-def find_latent_shape(config: DistillConfig, unet: UNet2DConditionModel) -> tuple[int, int, int]:
+def find_latent_shape(config: DistillConfig, unet: Any) -> tuple[int, int, int]:
     """C, H, W of a sample.
 
     Raises:
@@ -189,7 +226,7 @@ def find_latent_shape(config: DistillConfig, unet: UNet2DConditionModel) -> tupl
     height, width = size if isinstance(size, tuple | list) else (size, size)
     height, width = config.height or height, config.width or width
     if height is None or width is None:
-        raise InputError("This UNet names no sample size; set height and width.")
+        raise InputError("This network names no sample size; set height and width.")
     return (unet.config.in_channels, height, width)
 
 

@@ -18,29 +18,30 @@ from tiue.distill.clip import ClipScorer
 from tiue.distill.config import DistillConfig
 from tiue.distill.data import SampleDraws
 from tiue.distill.guards import Guard
+from tiue.distill.networks import family_of
 from tiue.distill.teacher import Teacher, drop_prompts
 from tiue.distill.text import Text
 from tiue.schedule import OnePassSchedule
-from tiue.unet import TiUEUNet
 
 
 class Student(nn.Module):
-    """The K noise predictions as a `forward`, which is what autocast and data parallelism wrap.
+    """The K predictions as a `forward`, which is what autocast and data parallelism wrap.
 
     Args:
-        unet: The UNet that is trained.
+        unet: The UNet or transformer that is trained.
         schedule: Its K timesteps.
     """
 
-    def __init__(self, unet: TiUEUNet, schedule: OnePassSchedule) -> None:
+    def __init__(self, unet: Any, schedule: OnePassSchedule) -> None:
         super().__init__()
         self.unet, self.schedule = unet, schedule
 
     def forward(self, latents: Tensor, text: Text) -> Tensor:
-        """Predict the noise [K, B, C, H, W] of latents [B, C, H, W] and their prompts."""
+        """Predict noise or velocity [K, B, C, H, W] of latents [B, C, H, W] and their prompts."""
         scaled = self.schedule.scale_model_input(latents)
         timesteps = self.schedule.timesteps.to(latents.device)
-        return self.unet.predict_noise(scaled, timesteps, text.tokens, **text.conditions())
+        given = family_of(self.unet).conditions(self.unet, text)
+        return self.unet.predict_noise(scaled, timesteps, text.tokens, **given)
 
 
 @dataclass
@@ -260,8 +261,8 @@ class DistillStep:
         dropped = draws.chances(self.config.prompt_drop)
         text = drop_prompts(batch.text, self.empty, dropped)
         noisy = schedule.add_noise(images, noise, timesteps)
-        alpha, _ = schedule.at(timesteps)
-        return losses.lora_loss(self.teacher.lora_noise(noisy, timesteps, text), noise, alpha)
+        target, weight = schedule.target(images, noise), schedule.lora_weight(timesteps)
+        return losses.lora_loss(self.teacher.lora_noise(noisy, timesteps, text), target, weight)
 
     def _apply(
         self, trained: Trained, tensors: dict[str, Tensor], norm_name: str, step: int

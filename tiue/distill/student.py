@@ -1,7 +1,8 @@
-"""The student as a LoRA: a frozen UNet, the adapter that is trained, and both as one."""
+"""The student as a LoRA: a frozen network, the adapter that is trained, and both as one."""
+
+from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -12,7 +13,7 @@ from tiue.distill.config import DistillConfig
 _TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]
 
 
-def add_student_lora(unet: UNet2DConditionModel, config: DistillConfig) -> None:
+def add_student_lora(unet: Any, config: DistillConfig) -> None:
     """Freeze a student and put a LoRA on its attention and feed-forward, in float32.
 
     Args:
@@ -32,8 +33,8 @@ def add_student_lora(unet: UNet2DConditionModel, config: DistillConfig) -> None:
 
 
 @torch.no_grad()
-def merged_state(unet: UNet2DConditionModel) -> dict[str, Tensor]:
-    """A UNet's state with its LoRA in the weights, under the names of one without, in float32."""
+def merged_state(unet: Any) -> dict[str, Tensor]:
+    """A network's state with its LoRA in the weights, named as one without, in float32."""
     state = {
         name.replace(".base_layer.", "."): tensor.float()
         for name, tensor in unet.state_dict().items()

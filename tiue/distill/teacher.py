@@ -1,13 +1,17 @@
-"""The frozen teacher and the LoRA teacher: one UNet, with an adapter switched off and on."""
+"""The frozen teacher and the LoRA teacher: one network, with an adapter switched off and on."""
+
+from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers import DDIMScheduler
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
 from torch import Tensor, nn
 
+from tiue.distill.networks import UNET, call, family_of
 from tiue.distill.text import Text
 from tiue.errors import ArchitectureError, SchedulerError
+from tiue.schedule import is_flow_matching
 
 
 class NoiseSchedule:
@@ -50,6 +54,22 @@ class NoiseSchedule:
         alpha, sigma = self.at(timesteps)
         return alpha * latents + sigma * noise
 
+    def for_network(self, timesteps: Tensor) -> Tensor:
+        """Timesteps [B] as the network takes them."""
+        return timesteps
+
+    def prediction(self, output: Tensor, noisy: Tensor, timesteps: Tensor) -> Tensor:
+        """What teacher, LoRA teacher and their loss are compared in: noise; as `to_noise`."""
+        return self.to_noise(output, noisy, timesteps)
+
+    def target(self, images: Tensor, noise: Tensor) -> Tensor:
+        """What `prediction` is right to give for images [B, C, H, W] and the noise in x_t."""
+        return noise
+
+    def lora_weight(self, timesteps: Tensor) -> Tensor:
+        """Weight of the LoRA teacher's loss at timesteps [B]: alpha_t, [B, 1, 1, 1]."""
+        return self.at(timesteps)[0]
+
     def to_noise(self, output: Tensor, noisy: Tensor, timesteps: Tensor) -> Tensor:
         """Convert what the UNet predicts at x_t into noise.
 
@@ -73,13 +93,67 @@ class NoiseSchedule:
         return (noisy - alpha * output) / sigma
 
 
-class Teacher:
-    """A frozen teacher and its LoRA copy in the memory of one UNet.
+class FlowSchedule(NoiseSchedule):
+    """The flow that the teacher was trained on: x_t = (1 - sigma_t) x + sigma_t eps.
+
+    Teacher, LoRA teacher and their loss are compared in velocity, eps - x (arXiv 2210.02747), which
+    is what such networks predict. Timestep i is noise level i of the training, from the lowest up.
 
     Args:
-        unet: The teacher's UNet; it is frozen and receives the adapter.
-        noise_schedule: The diffusion that it was trained on.
-        lora_rank: Rank of the LoRA on every to_q and to_v.
+        scheduler: Gives the number of noise levels and their shift.
+
+    Raises:
+        SchedulerError: If the shift depends on the picture's size.
+    """
+
+    def __init__(self, scheduler: Any) -> None:
+        config = scheduler.config
+        if config.use_dynamic_shifting:
+            raise SchedulerError(
+                "This teacher's noise levels are shifted by the picture's size "
+                "(use_dynamic_shifting), and a run has one size: set use_dynamic_shifting to false "
+                "and shift to that size's in its scheduler_config.json."
+            )
+        levels = torch.arange(1, config.num_train_timesteps + 1, dtype=torch.float64)
+        levels = levels / config.num_train_timesteps
+        levels = config.shift * levels / (1 + (config.shift - 1) * levels)
+        self.sigma, self.alpha = levels.float(), (1 - levels).float()
+        self.prediction_type = "flow_prediction"
+
+    def for_network(self, timesteps: Tensor) -> Tensor:
+        """Noise levels times their number, as these networks take them."""
+        return self.sigma[timesteps] * len(self)
+
+    def to_noise(self, output: Tensor, noisy: Tensor, timesteps: Tensor) -> Tensor:
+        """eps = x_t + (1 - sigma_t) v, of v = eps - x."""
+        alpha, _ = self.at(timesteps)
+        return noisy + alpha * output.float()
+
+    def prediction(self, output: Tensor, noisy: Tensor, timesteps: Tensor) -> Tensor:
+        """The velocity, as it is."""
+        return output.float()
+
+    def target(self, images: Tensor, noise: Tensor) -> Tensor:
+        """The velocity, eps - x."""
+        return noise - images
+
+    def lora_weight(self, timesteps: Tensor) -> Tensor:
+        """1: flow matching weighs all levels alike."""
+        return torch.ones_like(self.at(timesteps)[0])
+
+
+def noise_schedule_of(scheduler: Any) -> NoiseSchedule:
+    """The diffusion or flow that a teacher was trained on, by its scheduler."""
+    return FlowSchedule(scheduler) if is_flow_matching(scheduler) else NoiseSchedule(scheduler)
+
+
+class Teacher:
+    """A frozen teacher and its LoRA copy in the memory of one network.
+
+    Args:
+        unet: The teacher's UNet or transformer; it is frozen and receives the adapter.
+        noise_schedule: The diffusion or flow that it was trained on.
+        lora_rank: Rank of the LoRA on every query's and value's projection.
         lora_alpha: The LoRA's output is scaled by lora_alpha / lora_rank.
 
     Raises:
@@ -88,25 +162,27 @@ class Teacher:
 
     def __init__(
         self,
-        unet: UNet2DConditionModel,
+        unet: Any,
         noise_schedule: NoiseSchedule,
         lora_rank: int = 64,
         lora_alpha: float = 108.0,
     ) -> None:
-        added = unet.config.addition_embed_type
-        if added not in (None, "text", "text_time") or unet.config.class_embed_type:
+        family = family_of(unet)
+        added = unet.config.get("addition_embed_type")
+        known = added in (None, "text", "text_time") and not unet.config.get("class_embed_type")
+        if family is UNET and not known:
             raise ArchitectureError(
                 "This teacher's UNet takes conditions besides the prompt and SDXL's sizes (class "
                 "labels, pictures); UNets of Stable Diffusion 1, 2 and XL can be distilled."
             )
         self.unet = unet.requires_grad_(False).eval()
-        self._dtype = unet.conv_in.weight.dtype
+        self._dtype = unet.dtype
         self.noise_schedule = noise_schedule
         unet.add_adapter(
             LoraConfig(
                 r=lora_rank,
                 lora_alpha=lora_alpha,
-                target_modules=["to_q", "to_v"],
+                target_modules=list(family.lora_targets),
                 init_lora_weights="gaussian",
             )
         )
@@ -138,7 +214,7 @@ class Teacher:
             lora: Ask the LoRA teacher instead of the frozen one.
 
         Returns:
-            The guided noise, [B, C, H, W] float32, without a graph.
+            The guided noise, or of a flow the velocity, [B, C, H, W] float32, without a graph.
         """
         self._switch(lora)
         if guidance_scale == 1:
@@ -149,7 +225,7 @@ class Teacher:
             empty_half, conditional = output.float().chunk(2)
             output = empty_half + guidance_scale * (conditional - empty_half)
         # Guiding v and then converting it is the same as the reverse: both are affine in v.
-        return self.noise_schedule.to_noise(output, noisy, timesteps)
+        return self.noise_schedule.prediction(output, noisy, timesteps)
 
     def lora_noise(self, noisy: Tensor, timesteps: Tensor, text: Text) -> Tensor:
         """Predict noise with the LoRA teacher for its training, unguided and with a graph.
@@ -160,11 +236,11 @@ class Teacher:
             text: The condition, B rows.
 
         Returns:
-            The noise, [B, C, H, W] float32.
+            The noise, or of a flow the velocity, [B, C, H, W] float32.
         """
         self._switch(True)
         output = self._call(self.trained, noisy, timesteps, text)
-        return self.noise_schedule.to_noise(output, noisy, timesteps)
+        return self.noise_schedule.prediction(output, noisy, timesteps)
 
     def classify(self, noisy: Tensor, timesteps: Tensor, text: Text) -> Tensor:
         """Ask the critic on the LoRA teacher's features, with a graph.
@@ -180,10 +256,11 @@ class Teacher:
         self._switch(True)
         return self.unet.classify(noisy, timesteps, text.map(self._as_weights))
 
-    def _call(self, unet: nn.Module, noisy: Tensor, timesteps: Tensor, text: Text) -> Tensor:
+    def _call(self, network: nn.Module, noisy: Tensor, timesteps: Tensor, text: Text) -> Tensor:
         # Text as the weights are: a CPU's autocast leaves the norm of pooled text alone.
         text = text.map(self._as_weights)
-        return unet(noisy, timesteps, text.tokens, **text.conditions(), return_dict=False)[0]
+        timesteps = self.noise_schedule.for_network(timesteps)
+        return call(network, self.unet, noisy, timesteps, text)
 
     def _as_weights(self, tensor: Tensor) -> Tensor:
         return tensor.to(self._dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -21,27 +22,33 @@ class Text(NamedTuple):
 
     Attributes:
         tokens: [B, L, D].
-        pooled: [B, P], of SDXL alone.
+        pooled: [B, P], of SDXL and Stable Diffusion 3.
         size: SDXL's six numbers: height, width, crop above and left, height, width, in pixels.
+        mask: [B, L], 1 where there is a token and 0 where there is padding, of PixArt.
     """
 
     tokens: Tensor
     pooled: Tensor | None = None
     size: tuple[int, ...] = ()
+    mask: Tensor | None = None
 
     def map(self, change: Callable[[Any], Any]) -> Text:
-        """Both tensors, changed alike."""
-        return self._replace(
-            tokens=change(self.tokens), pooled=None if self.pooled is None else change(self.pooled)
-        )
+        """All tensors, changed alike."""
+        return self.of({name: change(own) for name, own in self.tensors().items()})
+
+    def of(self, tensors: dict[str, Tensor]) -> Text:
+        """The same with other tensors, by name."""
+        return Text(tensors["tokens"], tensors.get("pooled"), self.size, tensors.get("mask"))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Those that are there, by name."""
+        named = {"tokens": self.tokens, "pooled": self.pooled, "mask": self.mask}
+        return {name: own for name, own in named.items() if own is not None}
 
     def pair(self, other: Text, join: Callable[[Tensor, Tensor], Tensor]) -> Text:
-        """Both tensors of this and of another, joined."""
-        pooled = self.pooled
-        if pooled is not None:
-            assert other.pooled is not None
-            pooled = join(pooled, other.pooled)
-        return self._replace(tokens=join(self.tokens, other.tokens), pooled=pooled)
+        """The tensors of this and of another, joined."""
+        others = other.tensors()
+        return self.of({name: join(own, others[name]) for name, own in self.tensors().items()})
 
     def conditions(self) -> dict[str, Any]:
         """What diffusers' UNets take besides the tokens."""
@@ -124,6 +131,69 @@ class TextEncoder:
         return Text(self._text_encoder(tokens.input_ids, attention_mask=mask)[0].float())
 
 
+class PixArtTextEncoder:
+    """PixArt's T5, through the pipeline's own `encode_prompt`.
+
+    Args:
+        pipeline: A pipeline of tokenizer and text encoder, which may have no others.
+        length: Tokens that prompts are padded to: 120 of PixArt-alpha, 300 of PixArt-sigma.
+    """
+
+    def __init__(self, pipeline: Any, length: int) -> None:
+        self._pipeline, self._length = pipeline, length
+        self.device = pipeline.text_encoder.device
+
+    @torch.no_grad()
+    def __call__(self, prompts: list[str]) -> Text:
+        """Encode prompts: [B, L, D] and their mask [B, L]; one that is too long is cut."""
+        tokens, mask, _, _ = self._pipeline.encode_prompt(
+            prompts, do_classifier_free_guidance=False, device=self.device,
+            max_sequence_length=self._length,
+        )  # fmt: skip
+        return Text(tokens.float(), mask=mask.float())
+
+    def empty(self) -> Text:
+        """The embedding of "", which the pipeline takes for no prompt."""
+        return self([""])
+
+    def lengths(self, prompts: list[str]) -> list[int]:
+        """Tokens of prompts."""
+        return _lengths(self._pipeline.tokenizer, prompts, self._length)
+
+
+class SD3TextEncoder:
+    """Stable Diffusion 3's two CLIPs and T5, through the pipeline's own `encode_prompt`.
+
+    Args:
+        pipeline: A pipeline of these parts, of which T5 may be missing.
+        width: Channels of the tokens, which zeros in the place of T5's have.
+    """
+
+    def __init__(self, pipeline: Any, width: int) -> None:
+        self._pipeline = pipeline
+        self.device = pipeline.text_encoder.device
+        # Without T5 the pipeline asks its transformer, which is not there, for the width.
+        vars(pipeline)["transformer"] = SimpleNamespace(
+            config=SimpleNamespace(joint_attention_dim=width)
+        )
+
+    @torch.no_grad()
+    def __call__(self, prompts: list[str]) -> Text:
+        """Encode prompts: [B, L, D] and pooled [B, P]; one that is too long is cut."""
+        tokens, _, pooled, _ = self._pipeline.encode_prompt(
+            prompts, None, None, device=self.device, do_classifier_free_guidance=False
+        )
+        return Text(tokens.float(), pooled.float())
+
+    def empty(self) -> Text:
+        """The embedding of "", which the pipeline takes for no prompt."""
+        return self([""])
+
+    def lengths(self, prompts: list[str]) -> list[int]:
+        """All places: T5's tokens stand behind CLIP's, whose padding is read."""
+        return [self.empty().tokens.shape[1]] * len(prompts)
+
+
 class XLTextEncoder:
     """SDXL's two tokenizers and text encoders, through the pipeline's own `encode_prompt`.
 
@@ -158,8 +228,11 @@ class XLTextEncoder:
         return [max(pair) for pair in zip(*counts, strict=True)]
 
 
-def _lengths(tokenizer: PreTrainedTokenizerBase, prompts: list[str]) -> list[int]:
-    ids = tokenizer(prompts, truncation=True, max_length=tokenizer.model_max_length).input_ids
+def _lengths(
+    tokenizer: PreTrainedTokenizerBase, prompts: list[str], length: int | None = None
+) -> list[int]:
+    length = length or tokenizer.model_max_length
+    ids = tokenizer(prompts, truncation=True, max_length=length).input_ids
     return [len(row) for row in ids]
 
 
@@ -179,7 +252,7 @@ class EncodedPrompts:
         self._device = encoder.device
         self.empty = encoder.empty()
         self._cached: Text | None = None
-        row = sum(t.nbytes for t in self.empty[:2] if t is not None)
+        row = sum(tensor.nbytes for tensor in self.empty.tensors().values())
         if row * len(prompts) <= cache_bytes:
             starts = range(0, len(prompts), _ENCODE_BATCH)
             batches = [encoder(prompts[i : i + _ENCODE_BATCH]).map(Tensor.cpu) for i in starts]
@@ -200,6 +273,5 @@ class EncodedPrompts:
 
 def join(texts: list[Text]) -> Text:
     """Put the rows of several under one another."""
-    pooled = [text.pooled for text in texts if text.pooled is not None]
-    tokens = torch.cat([text.tokens for text in texts])
-    return texts[0]._replace(tokens=tokens, pooled=torch.cat(pooled) if pooled else None)
+    parts = [text.tensors() for text in texts]
+    return texts[0].of({name: torch.cat([p[name] for p in parts]) for name in parts[0]})

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
-from diffusers import UNet2DConditionModel
 from diffusers.training_utils import EMAModel
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
@@ -27,6 +26,7 @@ from tiue.distill.export import push_student
 from tiue.distill.guards import Guard, Signals
 from tiue.distill.losses import timestep_weights
 from tiue.distill.monitor import HISTORY, Monitor, describe
+from tiue.distill.networks import family_of
 from tiue.distill.optimizers import build_optimizer, build_rate_schedule
 from tiue.distill.output import claim_output, clear_leftovers, find_checkpoint
 from tiue.distill.parts import (
@@ -44,16 +44,15 @@ from tiue.distill.prompts import prompts_digest
 from tiue.distill.settings import CONFIG, write_config
 from tiue.distill.sharding import accelerate_asks_for_it, shard
 from tiue.distill.step import DistillStep, MicroBatch, Student, Trained, averaged_from
-from tiue.distill.teacher import NoiseSchedule, Teacher
+from tiue.distill.teacher import NoiseSchedule, Teacher, noise_schedule_of
 from tiue.distill.text import Text
 from tiue.errors import InputError
 from tiue.files import append_line, whole_folder, write_file
 from tiue.schedule import OnePassSchedule
-from tiue.unet import TiUEUNet
 
 logger = logging.getLogger(__name__)
 
-SampleHook = Callable[[TiUEUNet, OnePassSchedule, int], None]
+SampleHook = Callable[[Any, OnePassSchedule, int], None]
 Report = Callable[[str], object]
 
 
@@ -108,21 +107,21 @@ class Trainer:
             config.teacher, config.num_decoder_steps, config.timestep_spacing
         )
         self.schedule = OnePassSchedule.from_scheduler(self.scheduler, config.num_decoder_steps)
-        noise_schedule = NoiseSchedule(self.scheduler).to(device)
+        noise_schedule = noise_schedule_of(self.scheduler).to(device)
         self._check_timesteps(noise_schedule)
 
         torch.manual_seed(config.seed)  # for the LoRA's first weights
-        teacher_unet = loading.load_unet(config.teacher, WEIGHT_TYPES[config.mixed_precision])
+        teacher_unet = loading.load_network(config.teacher, WEIGHT_TYPES[config.mixed_precision])
         check_text(text.empty, teacher_unet)
         self.teacher = Teacher(
             teacher_unet.to(device), noise_schedule, config.lora_rank, config.lora_alpha
         )
+        self.unet = load_student(config, teacher_unet)
         if config.gan_weight:
             add_critic(teacher_unet, device)
-        self.unet = load_student(config, teacher_unet)
         # The student takes its up blocks apart, so they are never called: one piece.
         self.student = self._prepare(Student(self.unet, self.schedule), [], config.learning_rate)
-        blocks = [*teacher_unet.down_blocks, teacher_unet.mid_block, *teacher_unet.up_blocks]
+        blocks = family_of(teacher_unet).blocks(teacher_unet)
         self.lora = self._prepare(
             teacher_unet, blocks, config.lora_learning_rate, config.lora_updates
         )
@@ -193,9 +192,10 @@ class Trainer:
         """Run to the last step, or until SIGINT or SIGTERM, and write the student.
 
         Returns:
-            The output folder: `unet/` and `scheduler/` (the average, if one is kept), `pipeline/`
-            where the teacher is a whole pipeline, `checkpoints/`, `samples/`, `config.yaml`,
-            `log.jsonl` and `summary.json`. A run that a signal ended has no `unet/` yet.
+            The output folder: `unet/` or `transformer/` (the average, if one is kept),
+            `scheduler/`, `pipeline/` where the teacher is a whole pipeline, `checkpoints/`,
+            `samples/`, `config.yaml`, `log.jsonl` and `summary.json`. A run that a signal ended
+            has no student's folder yet.
 
         Raises:
             NonFiniteError: If a loss or gradient becomes NaN or infinite.
@@ -350,7 +350,8 @@ class Trainer:
 
     def _write_student(self) -> None:
         output, main = self.config.output, self.accelerator.is_main_process
-        with whole_folder(output / "unet") if main else nullcontext(output) as written:
+        family = family_of(self.unet)
+        with whole_folder(output / family.component) if main else nullcontext(output) as written:
             self.checkpoints.write_student(written)
         if self.config.student_lora_rank:
             with whole_folder(output / "lora") if main else nullcontext(output) as written:
@@ -360,7 +361,7 @@ class Trainer:
         with whole_folder(output / "scheduler") as written:
             self.scheduler.save_pretrained(written)
         if self.config.save_pipeline:
-            plain = UNet2DConditionModel.from_pretrained(output / "unet")
+            plain = family.plain.from_pretrained(output / family.component)
             pipeline = loading.load_pipeline_around(self.config.teacher, plain, self.scheduler)
             if pipeline is not None:
                 with whole_folder(output / "pipeline") as written:
@@ -420,7 +421,7 @@ class Trainer:
             )
         if config.kl_weight > 0 and noise_schedule.prediction_type != "epsilon":
             logger.warning(
-                "The KL term takes the UNet's outputs for noise, and this teacher's are of type "
+                "The KL term takes the student's outputs for noise, and this teacher's are of type "
                 "'%s': set kl_weight to 0 unless they are normal too.",
                 noise_schedule.prediction_type,
             )

@@ -12,8 +12,8 @@ GIVEN = {"output": "run", "embeddings": "embeddings"}
 
 def test_every_shipped_recipe_is_a_config():
     assert list_recipes() == [
-        "one-gpu-24gb", "one-gpu-24gb-lora", "openmoji", "scenes", "sd15", "sd21-base",
-        "sd21-base-clip", "sd21-base-lora5", "sdxl", "sdxl-one-gpu-80gb",
+        "one-gpu-24gb", "one-gpu-24gb-lora", "openmoji", "pixart", "scenes", "sd15", "sd21-base",
+        "sd21-base-clip", "sd21-base-lora5", "sd3", "sdxl", "sdxl-one-gpu-80gb",
     ]  # fmt: skip
     configs = {name: load_config(name, **GIVEN) for name in list_recipes()}
     published = configs["sd21-base"]
@@ -28,7 +28,9 @@ def test_every_shipped_recipe_is_a_config():
         assert config.kl_weight * maps == pytest.approx(0.1 * 8 * config.num_decoder_steps)
         assert (config.learning_rate, config.lora_learning_rate) == (1e-6, 1e-3)
     assert (one.optimizer, one.gradient_checkpointing) == ("adamw8bit", "encoder")
-    for name, processes in (("sdxl", 8), ("sdxl-one-gpu-80gb", 1), ("one-gpu-24gb-lora", 1)):
+    for name, processes in (
+        ("sdxl", 8), ("sdxl-one-gpu-80gb", 1), ("one-gpu-24gb-lora", 1), ("pixart", 8), ("sd3", 8),
+    ):  # fmt: skip
         config = configs[name]
         assert config.batch_size * config.gradient_accumulation_steps * processes == 64
     second = dataclasses.replace(

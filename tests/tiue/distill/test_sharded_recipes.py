@@ -30,6 +30,9 @@ COVERED = {
     "sdxl": ("sdxl-one-gpu-80gb", {"ema_on_cpu", "optimizer"}),
 }
 
+# Not sharded yet; `test_transformers.py` runs these recipes.
+TRANSFORMERS = ("pixart", "sd3")
+
 
 def settings_of(recipe, make_config, xl_folder, clip_folder):
     """A recipe's own settings, on tiny models and for one update of one or two micro-batches."""
@@ -71,7 +74,8 @@ def test_every_recipe_runs_sharded(make_config, tmp_path):
     tiny_autoencoder_tiny().save_pretrained(tmp_path / "vae")
     real = torch.randn(5, 4, 8, 8, generator=torch.Generator().manual_seed(7))
     save_file({"latents": real}, tmp_path / "real.safetensors")
-    found = {r: settings_of(r, make_config, tmp_path / "xl", tmp_path) for r in list_recipes()}
+    unets = [name for name in list_recipes() if name not in TRANSFORMERS]
+    found = {r: settings_of(r, make_config, tmp_path / "xl", tmp_path) for r in unets}
     assert [r for r, c in found.items() if c.sharding == "none"] == ["one-gpu-24gb-lora"]
     for recipe, (other, names) in COVERED.items():
         assert differing(found.pop(recipe), found[other]) <= names, recipe

@@ -69,7 +69,7 @@ def test_a_finished_student_is_put_on_the_hub(make_config, monkeypatch):
     output = Trainer(make_config(**settings)).train()
     assert told[0] == "me/student"
     assert told[1]["folder_path"] == output
-    assert told[1]["allow_patterns"] == ["unet/*", "scheduler/*", "lora/*"]
+    assert told[1]["allow_patterns"] == ["unet/*", "transformer/*", "scheduler/*", "lora/*"]
 
     def refuse(*_, **__):
         raise OSError("401")

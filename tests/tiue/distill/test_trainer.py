@@ -39,14 +39,14 @@ def record_calls(trainer):
     calls = []
 
     def hook(which):
-        def record(unet, args):
+        def record(unet, _args, given):
             layer = unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1.to_q
             name = which or ("frozen" if layer.disable_adapters else "lora")
-            calls.append((name, len(args[0]), args[1].tolist()))
+            calls.append((name, len(given["sample"]), given["timestep"].tolist()))
 
         return record
 
-    trainer.teacher.unet.register_forward_pre_hook(hook(None))
+    trainer.teacher.unet.register_forward_pre_hook(hook(None), with_kwargs=True)
     trainer.unet.conv_in.register_forward_pre_hook(
         lambda _, args: calls.append(("student", len(args[0]), None))
     )
