@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from tiue.schedule import OnePassSchedule
     from tiue.unet import TiUEUNet
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "OnePassSchedule",
     "TiUEHunyuanDiT2DModel",

@@ -4,7 +4,7 @@
 timestep-major: row k * B + b. Tensors with B rows are shared by all timesteps and never repeated.
 """
 
-__version__ = "0.1.0"  # read while the package is imported
+__version__ = "0.2.0"  # read while the package is imported
 
 from tiue_kernels import functional
 from tiue_kernels.dispatch import BackendError, explain, use_backend
