@@ -148,10 +148,11 @@ def load_text_encoder(source: str, device: torch.device) -> Encoder:
         CheckpointError: If one is missing, incomplete or a pickle.
     """
     source = resolve_teacher(source)
-    if _component(source) == "transformer":
-        return _load_transformer_text(source, _read_index(source), device)
-    if is_xl(source):
-        return XLTextEncoder(_load_xl_text(source, _read_index(source), device))
+    index = _read_index(source)  # once: a hub that cannot be reached is waited for
+    if "transformer" in index:
+        return _load_transformer_text(source, index, device)
+    if "text_encoder_2" in index:
+        return XLTextEncoder(_load_xl_text(source, index, device))
     with _reading("tokenizer", source):
         tokenizer = AutoTokenizer.from_pretrained(source, subfolder="tokenizer")
     with _reading("text encoder", source):
