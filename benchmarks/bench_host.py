@@ -101,7 +101,8 @@ def launches() -> dict[str, dict[str, Rival]]:
     """
     found = {}
     for name, operator in OPERATORS.items():
-        if "triton" not in kernel_backends(name):
+        # The product between its kernels would be computed on the CPU, 0.2 s of it.
+        if "triton" not in kernel_backends(name) or name == "shared_skip_layer_norm_linear":
             continue
         sizes = next(iter(operator.shapes(512).values()))
         problem = operator.build(sizes, Draw(torch.device("cpu"), torch.float16))
