@@ -274,7 +274,8 @@ def test_the_command_draws_on_two_ranks_what_it_draws_on_one(tiny, inputs, tmp_p
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     one, two = (load_result(tmp_path / name / "result.json") for name in ("one", "two"))
-    assert one["figures"] == two["figures"]
+    # A rank's batches hold other rows, whose products may round otherwise: 3e-6 seen with AVX-512.
+    assert one["figures"] == pytest.approx(two["figures"], rel=1e-4)
     assert (one["drawn_now"], two["drawn_now"]) == (100, 52)
     assert one["model"]["num_decoder_steps"] == 2
     picture = np.asarray(Image.open(tmp_path / "one" / "pictures" / "000017.png"), dtype=int)
