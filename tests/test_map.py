@@ -26,9 +26,6 @@ GROUND = ("tiue/errors.py", "tiue_kernels/layout.py")
 # of the table, whether it can; a command calls its parts.
 CLOSED_AT_A_CALL = {
     ("tiue_kernels.dispatch", "tiue_kernels.cuda"),
-    ("benchmarks.miniature", "benchmarks.miniature_costs"),
-    ("benchmarks.miniature", "benchmarks.miniature_report"),
-    ("benchmarks.miniature", "benchmarks.miniature_similarity"),
 }
 
 
