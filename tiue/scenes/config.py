@@ -64,7 +64,7 @@ CATEGORIES: dict[str, dict[str, str]] = {
 OBJECTS = tuple(name for names in CATEGORIES.values() for name in names)
 
 # The longer side of an object, in pixels.
-SIZES: dict[str, tuple[float, float]] = {"small": (16.0, 20.0), "large": (26.0, 30.0)}
+SIZES: dict[str, float] = {"small": 18.0, "large": 28.0}
 
 # Light enough that every object's black outline stands out.
 GROUNDS: dict[str, tuple[int, int, int]] = {

@@ -48,8 +48,8 @@ def load_pool(cache: Path, count: int, seed: int) -> ScenePool:
     """Loads the pool, composing its pictures into `cache` the first time (a minute for 65,536).
 
     Args:
-        cache: a safetensors file, written whole or not at all; one of another count or seed, or a
-            damaged one, is written anew.
+        cache: a safetensors file, written whole or not at all; one of another count, seed or world,
+            or a damaged one, is written anew.
         count: scenes.
         seed: of the scenes.
 
@@ -61,11 +61,12 @@ def load_pool(cache: Path, count: int, seed: int) -> ScenePool:
         OutputError: `cache` cannot be written.
     """
     scenes = training_scenes(count, seed)
+    world = hashlib.sha256(repr(scenes[:64]).encode()).hexdigest()
 
     def draw() -> torch.Tensor:
         return torch.cat([pixels(scenes[i : i + 1024]) for i in range(0, count, 1024)])
 
-    images = _cached(cache, {"count": str(count), "seed": str(seed)}, draw)
+    images = _cached(cache, {"count": str(count), "seed": str(seed), "world": world}, draw)
     return ScenePool(images, [scene.request for scene in scenes])
 
 

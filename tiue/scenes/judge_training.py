@@ -32,7 +32,7 @@ from tiue.scenes.judge import (
     load_judge,
     look_at,
 )
-from tiue.scenes.scene import Scene, draw_scene, pixels, relation_of
+from tiue.scenes.scene import LOOSE, Scene, draw_scene, pixels, relation_of
 
 CELLS = IMAGE_SIZE // STRIDE
 # More of three than a prompt asks for: a step learns by its objects.
@@ -61,12 +61,13 @@ class JudgeConfig:
 
 
 def draw_scenes(count: int, generator: random.Random) -> list[Scene]:
-    """Draw scenes of one to three objects, all else open, what training holds out among them."""
+    """Draw loose scenes of one to three objects, what training holds out among them."""
     scenes = []
     for _ in range(count):
         nouns = generator.choices((1, 2, 3), COUNTS)[0]
         names = generator.sample(OBJECTS, nouns)
-        scenes.append(draw_scene(Request(tuple(map(Noun, names))), generator, training=False))
+        request = Request(tuple(map(Noun, names)))
+        scenes.append(draw_scene(request, generator, training=False, freedom=LOOSE))
     return scenes
 
 

@@ -7,11 +7,21 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from tiue.embedded.config import IMAGE_SIZE
+from tiue.embedded.config import IMAGE_SIZE, LATENT_SIZE
 from tiue.errors import InputError
 from tiue.scenes.config import CATEGORIES, GROUNDS, SIZES
 from tiue.scenes.grammar import Noun, Request, draw_request, held_out_pairs, is_held_out
-from tiue.scenes.scene import MARGIN, Placed, Scene, compose, draw_scene, pixels, training_scenes
+from tiue.scenes.scene import (
+    LOOSE,
+    MARGIN,
+    WORLD,
+    Placed,
+    Scene,
+    compose,
+    draw_scene,
+    pixels,
+    training_scenes,
+)
 
 
 def test_a_scene_fulfils_its_request():
@@ -22,15 +32,43 @@ def test_a_scene_fulfils_its_request():
         for noun, item in zip(request.nouns, scene.objects, strict=True):
             assert item.name in noun.choices
             assert noun.size in (None, item.size)
-            low, high = SIZES[item.size]
-            assert low <= item.length <= high
-            for place in (item.x, item.y):
-                assert item.length / 2 <= place <= IMAGE_SIZE - item.length / 2
+            assert item.length == SIZES[item.size]
+            assert {item.x, item.y} <= set(WORLD.places)
+            assert (item.turn, item.tint) == (0, (1, 1, 1))
         assert request.relation in (None, scene.relation)
         assert request.ground in (None, scene.ground)
         for a, b in combinations(scene.objects, 2):
             gap = (a.length + b.length) / 2 + MARGIN
             assert max(abs(a.x - b.x), abs(a.y - b.y)) >= gap
+
+
+def test_loose_objects_differ_in_place_length_turn_and_tint():
+    generator = random.Random(0)
+    items = [
+        item
+        for _ in range(200)
+        for item in draw_scene(draw_request(generator), generator, freedom=LOOSE).objects
+    ]
+    for item in items:
+        assert abs(item.length - SIZES[item.size]) <= LOOSE.length
+        assert abs(item.turn) <= LOOSE.turn
+        assert all(abs(factor - 1) <= LOOSE.tint for factor in item.tint)
+        for place in (item.x, item.y):
+            assert item.length / 2 <= place <= IMAGE_SIZE - item.length / 2
+    for values in zip(*((i.x, i.y, i.length, i.turn, *i.tint) for i in items), strict=True):
+        assert len(set(values)) == len(items)
+
+
+def test_an_object_of_a_size_is_one_pattern_of_latents_wherever_it_stands():
+    def cut(x: float, y: float) -> np.ndarray:
+        rocket = Placed("rocket", "large", SIZES["large"], x, y, 0.0, False, (1.0, 1.0, 1.0))
+        picture = np.asarray(compose(Scene((rocket,), "blue", (140, 190, 250))))
+        left, top = int(x) - 16, int(y) - 16
+        return picture[top : top + 32, left : left + 32]
+
+    first, second = WORLD.places[:2]
+    assert (cut(first, second) == cut(second, first)).all()
+    assert (second - first) % (IMAGE_SIZE / LATENT_SIZE) == 0
 
 
 def test_training_never_shows_what_is_held_out():
