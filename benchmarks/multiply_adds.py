@@ -128,6 +128,16 @@ def _feed_forward(out: Any, x: torch.Tensor, *args: Any) -> Count:
     return Count(linear=tokens * (projection.numel() + weight.numel()))
 
 
+def _gated_linear(out: torch.Tensor, _x: Any, _gate: Any, tokens: torch.Tensor, *_: Any) -> Count:
+    return Count(linear=out.numel() * tokens.shape[-1])
+
+
+def _modulated_feed_forward(out: Any, *args: Any) -> Count:
+    projection, weight = args[5], args[7]
+    tokens = out[0].numel() // out[0].shape[-1]
+    return Count(linear=tokens * (projection.numel() + weight.numel()))
+
+
 FORMULAS: dict[Any, Callable[..., Count]] = {
     aten.convolution: _convolution,
     aten.mm: _product,
@@ -145,6 +155,9 @@ FORMULAS: dict[Any, Callable[..., Count]] = {
     tiue.shared_skip_layer_norm_linear_fwd: _split_linear,
     tiue.layer_norm_linear_fwd: _norm_linears,
     tiue.geglu_feed_forward_fwd: _feed_forward,
+    tiue.adaptive_layer_norm_linear_fwd: _norm_linears,
+    tiue.linear_gated_residual_fwd: _gated_linear,
+    tiue.adaptive_feed_forward_fwd: _modulated_feed_forward,
 }
 # Operators of this package that multiply no matrices.
 FREE = {

@@ -14,6 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from testing.branches import (
+    adaptive_feed_forward,
+    adaptive_layer_norm_linear,
+    linear_gated_residual,
+)
 from testing.problem import LATENT_COEFFICIENT, Draw, Problem, Tensors
 from testing.shapes import (
     Attention,
@@ -480,5 +485,8 @@ OPERATORS: dict[str, Operator] = {
         (geglu_feed_forward, _of(Transformer)),
         (layer_norm_linear, _of(Transformer)),
         (group_norm_linear, _of(Transformer)),
+        (adaptive_layer_norm_linear, _of(Transformer, _tokens)),
+        (linear_gated_residual, _of(Transformer, _tokens)),
+        (adaptive_feed_forward, _of(Transformer, _tokens)),
     )
 }

@@ -96,12 +96,17 @@ def test_kernels_of_the_forms() -> None:
 
 @pytest.mark.parametrize("model", transformer_counts.COUNTED)
 def test_the_decoder_keeps_about_half_the_bytes(model: str) -> None:
-    """PixArt-alpha's and Stable Diffusion 3 medium's size, K = 4; norms and activations again."""
+    """PixArt-alpha's and Stable Diffusion 3 medium's size, K = 4.
+
+    By hand, of every token and channel of a PixArt block: its input, q, k, v, the output of
+    attention, what comes of it, q of the text, what comes of that, four of the feed-forward's
+    product: 12 of the repeated form's 23.
+    """
     repeated = saved_bytes("repeated", model)
-    assert saved_bytes("tiue", model) <= 0.75 * repeated
+    assert 0.45 * repeated < saved_bytes("tiue", model) <= 0.55 * repeated
     own = saved_bytes("tiue", model, recompute_feed_forward=True)
-    # Below a twentieth, the count has missed what backward reads.
-    assert 0.05 * repeated < own <= 0.55 * repeated, own / repeated
+    # Below a fifth, the count has missed what backward reads.
+    assert 0.2 * repeated < own <= 0.36 * repeated, own / repeated
 
 
 def test_tables_show_what_was_counted(capsys: pytest.CaptureFixture[str], tmp_path) -> None:

@@ -101,6 +101,26 @@ def _modulated(x, scale, shift) -> Tensors:
     return (x * (1 + scale[:, None]) + shift[:, None],)
 
 
+def _modulated_projections(x, scale, shift, first, second, *biases) -> Tensors:
+    (x,) = _modulated(x, scale, shift)
+    biases = biases or (None, None)
+    return F.linear(x, first, biases[0]), F.linear(x, second, biases[1])
+
+
+def _gated_linear(x, gate, tokens, weight, bias) -> Tensors:
+    return (repeat(x) + gate[:, None] * F.linear(tokens, weight, bias),)
+
+
+def _modulated_feed_forward(x, scale, shift, gate, up, up_bias, down, down_bias) -> Tensors:
+    (tokens,) = _modulated(x, scale, shift)
+    active = F.gelu(F.linear(tokens, up, up_bias), approximate="tanh")
+    return _gated_linear(x, gate, active, down, down_bias)
+
+
+def _run_modulated_feed_forward(recompute: bool) -> Callable[..., Tensors]:
+    return lambda *t: (functional.adaptive_feed_forward(*t, recompute_projection=recompute),)
+
+
 def _long_skip(hidden, skip, norm_weight, norm_bias, weight, bias) -> Tensors:
     joined = torch.cat([hidden, repeat(skip)], dim=-1)
     joined = F.layer_norm(joined, joined.shape[-1:], norm_weight, norm_bias, 1e-6)
@@ -147,6 +167,16 @@ _feed = {
     **_layer_norm,
     "projection_weight": noise(24, 8),
     "projection_bias": noise(24),
+    "weight": noise(8, 12),
+    "bias": noise(8),
+}
+_modulation = {"scale": noise(K * B, 8), "shift": noise(K * B, 8, seed=1)}
+_modulated_feed = {
+    "x": noise(B, 5, 8),
+    **_modulation,
+    "gate": noise(K * B, 8, seed=2),
+    "projection_weight": noise(12, 8),
+    "projection_bias": noise(12),
     "weight": noise(8, 12),
     "bias": noise(8),
 }
@@ -223,6 +253,53 @@ CALLS: dict[str, Call] = {
         lambda x, scale, shift: (functional.adaptive_layer_norm(x, scale, shift),),
         _modulated,
         ("adaptive_layer_norm",),
+    ),
+    "adaptive_layer_norm_linear": Call(
+        {
+            "x": noise(B, 5, 8),
+            **_modulation,
+            "w0": noise(6, 8),
+            "w1": noise(4, 8),
+            "b0": noise(6),
+            "b1": noise(4),
+        },
+        lambda x, scale, shift, w0, w1, *biases: tuple(
+            functional.adaptive_layer_norm_linear(x, scale, shift, [w0, w1], list(biases))
+        ),
+        _modulated_projections,
+        ("adaptive_layer_norm",),
+    ),
+    "adaptive_layer_norm_linear_without_biases": Call(
+        {"x": noise(B, 5, 8), **_modulation, "w0": noise(6, 8), "w1": noise(4, 8)},
+        lambda x, scale, shift, *weights: tuple(
+            functional.adaptive_layer_norm_linear(x, scale, shift, list(weights))
+        ),
+        _modulated_projections,
+        ("adaptive_layer_norm",),
+    ),
+    "linear_gated_residual": Call(
+        {
+            "x": noise(B, 5, 8),
+            "gate": noise(K * B, 8),
+            "tokens": noise(K * B, 5, 6),
+            "weight": noise(8, 6),
+            "bias": noise(8),
+        },
+        lambda *tensors: (functional.linear_gated_residual(*tensors),),
+        _gated_linear,
+        ("gated_residual",),
+    ),
+    "adaptive_feed_forward": Call(
+        _modulated_feed,
+        _run_modulated_feed_forward(False),
+        _modulated_feed_forward,
+        ("adaptive_layer_norm", "gated_residual"),
+    ),
+    "adaptive_feed_forward_recompute": Call(
+        _modulated_feed,
+        _run_modulated_feed_forward(True),
+        _modulated_feed_forward,
+        ("adaptive_layer_norm", "gated_residual"),
     ),
     "shared_skip_layer_norm_linear": Call(
         {

@@ -273,6 +273,58 @@ def test_noise_kl() -> None:
     assert functional.noise_kl(noise(1, 4, 64, 64)).abs().max() < 1e-3
 
 
+def test_the_gate_and_the_weight_of_a_branch_in_several_chunks(monkeypatch) -> None:
+    """Rows that share x, weights as large as a chunk of them, and a last chunk that is shorter."""
+
+    def textbook(x, gate, tokens, weight, bias) -> Tensors:
+        return (x.repeat(K, 1, 1) + gate[:, None] * F.linear(tokens, weight, bias),)
+
+    monkeypatch.setattr("tiue_kernels.ops.linear_gated_residual.MOST_PRODUCTS", 4 * 5 * 3)
+    check(
+        lambda *tensors: (functional.linear_gated_residual(*tensors),),
+        textbook,
+        *(noise(B, 4, 5), noise(K * B, 5), noise(K * B, 4, 3), noise(5, 3), noise(5)),
+    )
+
+
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_adaptive_feed_forward(approximate: str) -> None:
+    def textbook(x, scale, shift, gate, up, down) -> Tensors:
+        tokens = F.layer_norm(x, (5,), eps=1e-6).repeat(K, 1, 1)
+        tokens = tokens * (1 + scale[:, None]) + shift[:, None]
+        active = F.gelu(F.linear(tokens, up), approximate=approximate)
+        return (x.repeat(K, 1, 1) + gate[:, None] * F.linear(active, down),)
+
+    check(
+        lambda *tensors: (
+            functional.adaptive_feed_forward(
+                *tensors[:5], None, tensors[5], approximate=approximate
+            ),
+        ),
+        textbook,
+        *(noise(B, 4, 5), noise(K * B, 5), noise(K * B, 5, seed=1), noise(K * B, 5, seed=2)),
+        *(noise(7, 5), noise(5, 7)),
+    )
+
+
+@pytest.mark.parametrize("trained", [(), (0,), (3,), (4, 5), (6, 7)], ids=str)
+def test_what_is_frozen_of_a_feed_forward_gets_no_gradient(trained: tuple[int, ...]) -> None:
+    """Each gradient alone is what it is beside the others."""
+    rows = (noise(B, 4, 5), *(noise(K * B, 5, seed=seed) for seed in range(3)))
+    tensors = [*rows, noise(7, 5), noise(7), noise(5, 7), noise(5)]
+    every = [tensor.clone().requires_grad_() for tensor in tensors]
+    expected = torch.autograd.grad(functional.adaptive_feed_forward(*every).square().sum(), every)
+    some = [x.clone().requires_grad_(place in trained) for place, x in enumerate(tensors)]
+    out = functional.adaptive_feed_forward(*some)
+    assert out.requires_grad == bool(trained)
+    if trained:
+        out.square().sum().backward()
+    for place, (tensor, wanted) in enumerate(zip(some, expected, strict=True)):
+        assert (tensor.grad is not None) == (place in trained)
+        if place in trained:
+            assert relative_error(tensor.grad, wanted) <= EXACT_RELATIVE
+
+
 def test_an_empty_batch_passes_through() -> None:
     hidden, skip, norm = noise(0, 6, 4, 4), noise(0, 2, 4, 4), (noise(8), noise(8))
     front, back = functional.shared_skip_group_norm_silu(hidden, skip, 4, *norm)
@@ -286,6 +338,11 @@ def test_an_empty_batch_passes_through() -> None:
     text = noise(0, 5, 8)
     assert functional.cross_timestep_attention(noise(0, 3, 8), text, text, 2).shape == (0, 3, 8)
     assert functional.noise_kl(noise(3, 0, 4, 2, 2)).shape == (3, 0)
+    rows, (weight, bias) = noise(0, 8), (noise(8, 8), noise(8))
+    (out,) = functional.adaptive_layer_norm_linear(text, rows, rows, [weight], [bias])
+    out = functional.linear_gated_residual(text, rows, out, weight, bias)
+    out = functional.adaptive_feed_forward(out, rows, rows, rows, weight, bias, weight, bias)
+    assert out.shape == (0, 5, 8)
     combined = functional.one_pass_combine(noise(0, 4), noise(3, 0, 4), 1.0, noise(3))
     assert combined.shape == (0, 4)
 
@@ -354,6 +411,28 @@ def test_low_precision_accumulates_in_float32(dtype: torch.dtype) -> None:
         ),
         lambda: functional.one_pass_combine(noise(2, 4), noise(3, 2, 5), 1.0, noise(3)),
         lambda: functional.noise_kl(noise(4, 4)),
+        lambda: functional.adaptive_layer_norm_linear(
+            noise(2, 3, 4), noise(5, 4), noise(5, 4), [noise(6, 4)]
+        ),
+        lambda: functional.adaptive_layer_norm_linear(noise(2, 3, 4), noise(4, 4), noise(4, 4), []),
+        lambda: functional.adaptive_layer_norm_linear(
+            noise(2, 3, 4), noise(4, 4), noise(4, 4), [noise(6, 4)] * 2, [noise(6)]
+        ),
+        lambda: functional.linear_gated_residual(
+            noise(2, 3, 4), noise(4, 4), noise(4, 3, 6), noise(5, 6)
+        ),
+        lambda: functional.linear_gated_residual(
+            noise(2, 3, 4), noise(4, 4), noise(3, 3, 6), noise(4, 6)
+        ),
+        lambda: functional.linear_gated_residual(
+            noise(2, 3, 4), noise(2, 4), noise(4, 3, 6), noise(4, 6)
+        ),
+        lambda: functional.adaptive_feed_forward(
+            noise(2, 3, 4), *[noise(4, 4)] * 3, noise(9, 4), None, noise(4, 8)
+        ),
+        lambda: functional.adaptive_feed_forward(
+            noise(2, 3, 4), *[noise(4, 4)] * 3, noise(8, 4), None, noise(4, 8), approximate="sin"
+        ),
         lambda: functional.noise_kl(noise(2, 1, 1, 1)),
     ],
 )  # fmt: skip

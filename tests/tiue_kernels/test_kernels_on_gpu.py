@@ -78,6 +78,7 @@ def typical_shape(operator: str) -> Sizes:
 TOKENS = (
     *("layer_norm_linear", "shared_skip_layer_norm_linear"),
     *("adaptive_layer_norm", "gated_residual"),
+    *("adaptive_layer_norm_linear", "linear_gated_residual", "adaptive_feed_forward"),
 )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -14,8 +13,8 @@ from tiue.dit.blocks import (
     all_rows,
     cross_attention,
     feed_forward,
-    gated_residual,
     is_plain_norm,
+    join,
     residual,
     self_attention,
 )
@@ -163,16 +162,13 @@ def _decoder_block(
         )
     table = block.scale_shift_table[None] + modulation.reshape(rows, 6, -1)
     shift_attn, scale_attn, gate_attn, shift_ff, scale_ff, gate_ff = table.unbind(1)
-    tokens = adaptive_layer_norm(block.norm1, hidden, shift_attn, scale_attn)
-    tokens = self_attention(block.attn1, tokens, repeat_rows(mask, timesteps))
-    hidden = gated_residual(hidden, gate_attn, tokens)
+    mask = repeat_rows(mask, timesteps)
+    tokens, out = self_attention(block.attn1, block.norm1, hidden, shift_attn, scale_attn, mask)
+    hidden = join(hidden, gate_attn, tokens, out)
     # PixArt puts no norm before cross-attention; norm2 stands before the feed-forward.
     hidden = residual(hidden, cross_attention(block.attn2, hidden, text, text_mask))
-    norm = partial(adaptive_layer_norm, block.norm2)
-    branch = feed_forward(
-        block.ff, norm, hidden, shift_ff, scale_ff, recompute=recompute_feed_forward
-    )
-    return gated_residual(hidden, gate_ff, branch)
+    modulation_ff = (shift_ff, scale_ff, gate_ff)
+    return feed_forward(block.ff, block.norm2, hidden, *modulation_ff, recompute_feed_forward)
 
 
 def _is_plain_block(block: Any) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -13,8 +12,12 @@ from tiue.dit.blocks import (
     adaptive_layer_norm,
     all_rows,
     feed_forward,
-    gated_residual,
+    is_plain_attention,
     is_plain_norm,
+    join,
+    joint_attention,
+    modulated_projections,
+    self_attention,
 )
 from tiue.dit.student import OnePassTransformer, TransformerFeatures, shared_timestep
 from tiue.errors import InputError
@@ -155,39 +158,50 @@ def _decoder_block(
     block: Any, hidden: torch.Tensor, text: torch.Tensor, temb: torch.Tensor, recompute: bool
 ) -> tuple[torch.Tensor | None, torch.Tensor]:
     """A block whose modulation has K*B rows; norms once where tokens and text have B of them."""
-    signal = block.norm1.linear(block.norm1.silu(temb))
+    attention, norm, norm_context = block.attn, block.norm1, block.norm1_context
+    signal = norm.linear(norm.silu(temb))
     shift, scale, gate, shift_ff, scale_ff, gate_ff, *dual = signal.chunk(
         9 if block.use_dual_attention else 6, dim=1
     )
-    tokens = adaptive_layer_norm(block.norm1.norm, hidden, shift, scale)
-    norm = block.norm1_context
-    text_signal = norm.linear(norm.silu(temb))
+    text_signal = norm_context.linear(norm_context.silu(temb))
     if block.context_pre_only:
         text_scale, text_shift = text_signal.chunk(2, dim=1)
     else:
         parts = text_signal.chunk(6, dim=1)
         text_shift, text_scale, text_gate, text_shift_ff, text_scale_ff, text_gate_ff = parts
-    words = adaptive_layer_norm(norm.norm, text, text_shift, text_scale)
-    from_tokens, from_words = block.attn(hidden_states=tokens, encoder_hidden_states=words)
+    given = (norm.norm, hidden, shift, scale)
+    given_text = (norm_context.norm, text, text_shift, text_scale)
+    if is_plain_attention(attention, joint=True):
+        layers = (attention.to_q, attention.to_k, attention.to_v)
+        text_layers = (attention.add_q_proj, attention.add_k_proj, attention.add_v_proj)
+        tokens, words = joint_attention(
+            attention,
+            modulated_projections(*given, layers),
+            modulated_projections(*given_text, text_layers),
+        )
+        out, text_out = attention.to_out, [attention.to_add_out]
+    else:
+        tokens, words = attention(
+            hidden_states=adaptive_layer_norm(*given),
+            encoder_hidden_states=adaptive_layer_norm(*given_text),
+        )
+        out, text_out = [], []
+    joined = join(hidden, gate, tokens, out)
     if dual:
         dual_shift, dual_scale, dual_gate = dual
-        tokens = adaptive_layer_norm(block.norm1.norm, hidden, dual_shift, dual_scale)
-        hidden = gated_residual(hidden, gate, from_tokens)
-        hidden = gated_residual(hidden, dual_gate, block.attn2(hidden_states=tokens))
-    else:
-        hidden = gated_residual(hidden, gate, from_tokens)
-    normed = partial(adaptive_layer_norm, block.norm2)
-    branch = feed_forward(block.ff, normed, hidden, shift_ff, scale_ff, recompute=recompute)
-    hidden = gated_residual(hidden, gate_ff, branch)
+        tokens, out = self_attention(
+            block.attn2, norm.norm, hidden, dual_shift, dual_scale, joint=True
+        )
+        joined = join(joined, dual_gate, tokens, out)
+    hidden = feed_forward(block.ff, block.norm2, joined, shift_ff, scale_ff, gate_ff, recompute)
     if block.context_pre_only:
         return None, hidden
-    text = gated_residual(text, text_gate, from_words)
-    normed, given = (
-        partial(adaptive_layer_norm, block.norm2_context),
-        (text_shift_ff, text_scale_ff),
-    )
-    branch = feed_forward(block.ff_context, normed, text, *given, recompute=recompute)
-    return gated_residual(text, text_gate_ff, branch), hidden
+    text = join(text, text_gate, words, text_out)
+    text = feed_forward(
+        block.ff_context, block.norm2_context, text, text_shift_ff, text_scale_ff, text_gate_ff,
+        recompute,
+    )  # fmt: skip
+    return text, hidden
 
 
 def _is_plain(block: Any) -> bool:

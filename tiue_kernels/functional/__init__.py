@@ -11,6 +11,11 @@ Every function raises ValueError for shapes and devices that do not fit together
 dtypes, and BackendError where a forced backend cannot serve the call.
 """
 
+from tiue_kernels.functional.branches import (
+    adaptive_feed_forward,
+    adaptive_layer_norm_linear,
+    linear_gated_residual,
+)
 from tiue_kernels.functional.convolutions import (
     broadcast_add_group_norm_silu_conv2d,
     conv2d,
@@ -38,7 +43,9 @@ from tiue_kernels.functional.transformers import (
 )
 
 __all__ = [
+    "adaptive_feed_forward",
     "adaptive_layer_norm",
+    "adaptive_layer_norm_linear",
     "broadcast_add_group_norm_silu",
     "broadcast_add_group_norm_silu_conv2d",
     "conv2d",
@@ -50,6 +57,7 @@ __all__ = [
     "group_norm_silu_conv2d",
     "group_norm_tokens",
     "layer_norm_linear",
+    "linear_gated_residual",
     "noise_kl",
     "one_pass_combine",
     "shared_skip_group_norm_silu",

@@ -4,7 +4,9 @@ In every file `forward` and `backward` run `torch.ops.tiue.<op>_fwd` and `_bwd`.
 """
 
 from tiue_kernels.ops import (
+    adaptive_feed_forward,
     adaptive_layer_norm,
+    adaptive_layer_norm_linear,
     broadcast_add_group_norm_silu,
     broadcast_add_group_norm_silu_conv2d,
     conv2d,
@@ -15,6 +17,7 @@ from tiue_kernels.ops import (
     group_norm_linear,
     group_norm_tokens,
     layer_norm_linear,
+    linear_gated_residual,
     noise_kl,
     one_pass_combine,
     shared_skip_group_norm_silu,
@@ -25,7 +28,9 @@ from tiue_kernels.ops import (
 )
 
 __all__ = [
+    "adaptive_feed_forward",
     "adaptive_layer_norm",
+    "adaptive_layer_norm_linear",
     "broadcast_add_group_norm_silu",
     "broadcast_add_group_norm_silu_conv2d",
     "conv2d",
@@ -36,6 +41,7 @@ __all__ = [
     "group_norm_linear",
     "group_norm_tokens",
     "layer_norm_linear",
+    "linear_gated_residual",
     "noise_kl",
     "one_pass_combine",
     "shared_skip_group_norm_silu",

@@ -272,7 +272,8 @@ class _Plan:
         for name, needed in zip(self.inputs, needs, strict=True):
             gradient = by_name.get(name) if needed else None
             if gradient is None and name in self.lists:
-                gradient = [None] * next(kept for kept in ctx.kept if type(kept) is int)
+                kept = ctx.kept[self.arguments.index(name)]
+                gradient = [None] * (kept if type(kept) is int else 0)
             gradients.append(gradient)
         return tuple(gradients)
 

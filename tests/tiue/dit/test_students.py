@@ -3,6 +3,7 @@
 import pytest
 import torch
 from diffusers import DDIMScheduler
+from peft import LoraConfig
 
 import tiue
 from tests.tiue.dit.models import (
@@ -127,6 +128,62 @@ def test_a_hooked_block_is_called_whole_and_right(family):
         got = student.predict_noise(latents, timesteps, text, **given)
     assert len(calls) == len(student.decoder_blocks)
     torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("family", ["pixart", "sd3", "sd35"])
+def test_layers_with_loras_give_what_the_repeated_form_gives(family):
+    model = build(family)
+    latents, text, given = conditions(family)
+    timesteps = timesteps_of(2)
+    student = STUDENTS[family].from_transformer(model, 2)
+    before = student.predict_noise(latents, timesteps, text, **given)
+    targets = ["to_q", "to_out.0", "ff.net.0.proj", "add_k_proj", "to_add_out"]
+    student.add_adapter(LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
+    student.to(torch.float64)
+    grads = []
+    with exact():
+        got = student.predict_noise(latents, timesteps, text, **given)
+        expected = repeated_form(model, 2, latents, timesteps, text, given)
+        for noise in (got, expected):
+            model.zero_grad()
+            noise.square().sum().backward()
+            grads.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    assert not torch.allclose(got, before)
+    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
+    assert len(grads[0]) > 10
+    for name, grad in grads[0].items():
+        torch.testing.assert_close(grad, grads[1][name], rtol=1e-9, atol=1e-9, msg=name)
+
+
+@pytest.mark.parametrize("family", ["pixart", "sd3", "sd35"])
+def test_under_autocast_tokens_are_what_diffusers_blocks_make_of_them(family):
+    model = build(family, torch.float32)
+    latents, text, given = conditions(family, dtype=torch.float32)
+    timesteps = timesteps_of(4)
+    student = STUDENTS[family].from_transformer(model, 2)
+    found = {}
+    for name, run in {
+        "ours": lambda: student.predict_noise(latents, timesteps, text, **given),
+        "theirs": lambda: repeated_form(model, 2, latents, timesteps, text, given),
+    }.items():
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            noise = run()
+        noise.square().sum().backward()
+        grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        found[name] = noise, grads
+    exactly = student.predict_noise(latents, timesteps, text, **given)
+    model.zero_grad()
+    exactly.square().sum().backward()
+    slopes = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    (ours, own), (theirs, other) = found["ours"], found["theirs"]
+    assert ours.dtype == theirs.dtype
+
+    assert (ours - exactly).norm() <= 2 * (theirs - exactly).norm()
+    for name, slope in slopes.items():
+        assert own[name].dtype == torch.float32
+        allowed = 2 * (other[name] - slope).norm() + 1e-2 * slope.norm()
+        assert (own[name] - slope).norm() <= allowed, name
 
 
 @pytest.mark.parametrize("border", [0, 4, -1, 2.0, True])
