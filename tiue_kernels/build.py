@@ -210,9 +210,10 @@ def _run(command: list[str]) -> None:
         raise BuildError(f"csrc does not compile:\n{' '.join(command)}\n{done.stderr[-8000:]}")
 
 
-def _rules(target: str) -> dict[str, str]:
+def _rules(target: str, namespace: str | None) -> dict[str, str]:
     torch = find_torch()
     common = f"-std=c++17 {TORCH_TARGET} -isystem {torch}/include"
+    named = f" -DTIUE_NAMESPACE={namespace}" if namespace else ""
     hidden = "-fPIC -fvisibility=hidden -fvisibility-inlines-hidden"
     libraries = f"-L{torch}/lib -ltorch -ltorch_cpu"
     compiler = os.environ.get("CXX", "g++")
@@ -223,7 +224,7 @@ def _rules(target: str) -> dict[str, str]:
         compiled = "-MMD -MF $out.d -x c++ -c $in -o $out"
         return {
             "cuda": f"{compiler} {flags} {HOST_CHECKS} {compiled}",
-            "cpp": f"{compiler} {flags} {compiled}",
+            "cpp": f"{compiler} {flags}{named} {compiled}",
             "link": link,
         }
     nvcc = find_nvcc()
@@ -234,21 +235,22 @@ def _rules(target: str) -> dict[str, str]:
         # The log of each file stays beside its object: tests read register counts from it.
         "cuda": f"{nvcc} {compile_flags} {archs} -c $in -o $out 2> $out.log"
         " || (cat $out.log; false)",
-        "cpp": f"{nvcc} -x c++ {common} {options} -MD -MF $out.d -c $in -o $out",
+        "cpp": f"{nvcc} -x c++ {common}{named} {options} -MD -MF $out.d -c $in -o $out",
         "link": f"{nvcc} -shared -cudart static {archs} $in -o $out {libraries} -ldl",
     }
 
 
-def _build_with_ninja(target: str, library: Path, work: Path) -> None:
-    rules = _rules(target)
+def _build_with_ninja(target: str, library: Path, work: Path, namespace: str | None) -> None:
+    rules = _rules(target, namespace)
     lines = []
     for name, command in rules.items():
         depends = "" if name == "link" else "\n  depfile = $out.d\n  deps = gcc"
         lines.append(f"rule {name}\n  command = {command}{depends}")
     compiled = []
     for source in sources(target):
-        compiled.append(f"{source.parent.name}_{source.stem}.o")
         rule = "cuda" if source.suffix == ".cu" else "cpp"
+        named = f"_{namespace}" if namespace and rule == "cpp" else ""
+        compiled.append(f"{source.parent.name}_{source.stem}{named}.o")
         lines.append(f"build {compiled[-1]}: {rule} {source}")
     lines.append(f"build {library}: link {' '.join(compiled)}\n")
     (work / "build.ninja").write_text("\n".join(lines))
@@ -259,7 +261,9 @@ def _build_with_ninja(target: str, library: Path, work: Path) -> None:
         raise BuildError(f"csrc does not compile:\n{done.stdout[-8000:]}{done.stderr[-2000:]}")
 
 
-def build(target: str, output: Path, objects: Path | None = None) -> Path:
+def build(
+    target: str, output: Path, objects: Path | None = None, namespace: str | None = None
+) -> Path:
     """Compile what has changed and return the library's path; the CPU's is compiled as a whole.
 
     Args:
@@ -267,6 +271,7 @@ def build(target: str, output: Path, objects: Path | None = None) -> Path:
             CPU path's own, both with g++.
         output: folder of the library.
         objects: folder of objects and logs; by default one of the target in the cache folder.
+        namespace: of the operators, where it is not the package's; the CPU's has none.
 
     Raises:
         BuildError: a tool is missing, or the compiler refuses.
@@ -281,7 +286,7 @@ def build(target: str, output: Path, objects: Path | None = None) -> Path:
         if not (library.exists() and record.exists() and record.read_text().split() == made_of):
             _build_cpu(library, work)
     else:
-        _build_with_ninja(target, library, work)
+        _build_with_ninja(target, library, work, namespace)
     if target == "cuda":
         made_of.append(toolkit_version())
     library.with_suffix(".sources").write_text("\n".join(made_of))

@@ -1,19 +1,26 @@
 """The folder that `make kernels` writes, loaded by Hugging Face's `kernels` as anyone would."""
 
 import copy
+import importlib
 import json
 import re
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from diffusers.models.activations import GEGLU
 from diffusers.models.resnet import ResnetBlock2D
 from kernels import LocalLayerRepository, Mode, kernelize, use_kernel_mapping
+from kernels._rust import Build
 from kernels.layer import use_kernel_forward_from_hub
 from torch import nn
 
+import tiue_kernels.cuda
 import tiue_kernels.functional
-from integrations.kernels.write import write
+from integrations.kernels.write import variant, write
+from tests.conftest import one_at_a_time
+from tiue_kernels import build
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +95,57 @@ def test_its_operators_are_its_own(folder):
     assert getattr(torch.ops, f"tiue_{mark}").geglu_fwd is not torch.ops.tiue.geglu_fwd
     texts = [path.read_text("utf-8") for path in (folder / "build" / "torch-cuda").rglob("*.py")]
     assert not [text for text in texts if re.search(r"\btiue_kernels\b|\btiue::", text)]
+
+
+def test_build_toml_is_one(folder):
+    assert Build.open(folder) is not None
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    if shutil.which("g++") is None:
+        pytest.skip("no C++ compiler")
+    place = tmp_path_factory.mktemp("compiled") / "out"
+    write(place, ("cpu",))
+    return place
+
+
+def test_a_compiled_variant_is_preferred_and_runs_its_own_library(compiled, monkeypatch):
+    monkeypatch.delenv("TIUE_CPU", raising=False)  # read when the variant is imported
+    name = "ResnetBlock2D"
+    repository = LocalLayerRepository(compiled, layer_name=name)
+    torch.manual_seed(0)
+    plain = MarkedResnet(in_channels=32, out_channels=32, temb_channels=None, groups=4)
+    inputs = (torch.randn(4, 32, 32, 32), None)
+    with torch.no_grad():
+        want = plain(*inputs)
+        with use_kernel_mapping({name: {"cpu": repository}}):
+            fused = kernelize(plain, mode=Mode.INFERENCE, device="cpu", use_fallback=False)
+        got = fused(*inputs)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    package = fused.forward.__func__.__module__.partition(".")[0]
+    cpu = importlib.import_module(f"{package}.cpu")
+    assert package != "tiue_kernels"
+    assert Path(cpu.__file__).parents[1].name == variant("cpu")
+    assert cpu.loaded(), cpu.why_not()
+
+
+def test_two_libraries_of_gpu_kernels_live_in_one_process(host_library, tmp_path):
+    namespace = "tiue_another_cuda"
+    library = torch.library.Library(namespace, "DEF")
+    for operator, schemas in tiue_kernels.cuda.SCHEMAS.items():
+        for direction, schema in schemas.items():
+            library.define(f"{operator}_{direction}{schema}")
+    with one_at_a_time(build.cache_folder()):
+        another = build.build("host", tmp_path, namespace=namespace)
+    torch.ops.load_library(another)
+    query = torch.randn(1, 8, 8)
+    arguments = (query, query, query, 1, 1.0, None)
+    ours, other = (
+        getattr(torch.ops, name).cross_timestep_attention_fwd(*arguments)
+        for name in ("tiue_cuda", namespace)
+    )
+    assert ours[0].equal(other[0])
 
 
 def test_the_same_package_is_written_the_same(folder, tmp_path):
