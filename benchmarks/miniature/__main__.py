@@ -76,5 +76,45 @@ def rates() -> None:
             typer.echo(f"{family} {rate}: {told}{chosen}")
 
 
+@app.command()
+def costs() -> None:
+    """Count multiply-adds, and take the times of rows whose weights are there."""
+    from benchmarks.miniature import costs, parts
+
+    parts.save_part(parts.COSTS, costs.measure())
+
+
+@app.command()
+def similarity() -> None:
+    """Compare the teacher's features across timesteps, and the K = 4 student's predictions."""
+    from benchmarks.miniature import parts, similarity
+
+    parts.save_part(parts.SIMILARITY, similarity.measure())
+
+
+@app.command()
+def strip() -> None:
+    """Draw what each timestep adds to a picture."""
+    from benchmarks.miniature import parts, sheets
+
+    parts.save_part(parts.STRIP, sheets.draw_strip())
+
+
+@app.command()
+def contact() -> None:
+    """Draw one prompt eight times by teacher, K = 1 and K = 4."""
+    from benchmarks.miniature import parts, sheets
+
+    parts.save_part(parts.CONTACT, sheets.draw_contact())
+
+
+@app.command()
+def report() -> None:
+    """Write docs/miniature.md and its plots."""
+    from benchmarks.miniature.report import write
+
+    write()
+
+
 if __name__ == "__main__":
     app()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -72,14 +73,24 @@ def picture_count(row: Row) -> int:
         The number; text encoder and autoencoder, alike for all rows, are left out.
     """
     if row.steps is not None:
-        return loop_count(meta_unet(), row.steps)
-    k = row.num_decoder_steps or 1
-    training = row.training or ({"timestep_spacing": "trailing"} if k == 1 else {})
-    schedule = schedule_of(k, training.get("timestep_spacing"))
-    if row.without is not None:
-        schedule = without(schedule, row.without)
+        return row.steps * _step()
     is_teacher = row.training is None and row.of is None
-    return pass_count(meta_unet(), schedule, is_teacher and GUIDANCE_SCALE != 1)
+    guided = is_teacher and GUIDANCE_SCALE != 1
+    return _pass(row.num_decoder_steps or 1, row.without, guided)
+
+
+@cache
+def _step() -> int:
+    return loop_count(meta_unet(), 1)
+
+
+@cache
+def _pass(num_decoder_steps: int, left_out: int | None, guided: bool) -> int:
+    # The spacing decides which timesteps there are, not what they cost.
+    schedule = schedule_of(num_decoder_steps, "trailing" if num_decoder_steps == 1 else None)
+    if left_out is not None:
+        schedule = without(schedule, left_out)
+    return pass_count(meta_unet(), schedule, guided)
 
 
 def without(schedule: OnePassSchedule, timestep: int) -> OnePassSchedule:
@@ -138,13 +149,21 @@ def equal_updates(updates: int, cost: int, own_cost: int) -> int:
     return round(updates * cost / own_cost)
 
 
+# What the cost of an update depends on.
+_COUNTED = (
+    "num_decoder_steps", "batch_size", "guidance_scale", "lora_guidance_scale", "lora_rank",
+    "lora_updates",
+)  # fmt: skip
+
+
 def update_count_of(settings: dict[str, Any]) -> int:
     """Multiply-adds of an update of the scenes teacher's distillation under some settings."""
-    config = DistillConfig(
-        teacher=str(TEACHER), output=TEACHER, prompts="prompts.txt",
-        **{name: value for name, value in settings.items() if name != "prompts"},
-    )  # fmt: skip
-    scheduler = load_student_scheduler(
-        str(TEACHER), config.num_decoder_steps, config.timestep_spacing
-    )
+    return _update(*((name, settings[name]) for name in _COUNTED if name in settings))
+
+
+@cache
+def _update(*settings: tuple[str, Any]) -> int:
+    config = DistillConfig(teacher=str(TEACHER), output=TEACHER, prompts="-", **dict(settings))
+    spacing = "trailing" if config.num_decoder_steps == 1 else None
+    scheduler = load_student_scheduler(str(TEACHER), config.num_decoder_steps, spacing)
     return update_count(meta_unet(), scheduler, config)

@@ -86,8 +86,7 @@ ROWS = {
     row.name: row
     for row in (
         *(
-            Row(f"teacher-{n}", f"teacher, {n} step{'s' if n > 1 else ''}", steps=n)
-            for n in (TEACHER_STEPS, 10, 4, 1)
+            Row(f"teacher-{n}", f"teacher, {n} steps", steps=n) for n in (TEACHER_STEPS, 10, 4)
         ),
         *(
             Row(

@@ -52,14 +52,24 @@ def settings_of(row: Row, seed: int) -> dict[str, Any]:
     """
     if row.training is None:
         raise InputError(f"{row.name} needs no training")
-    settings = SETTINGS | row.training | {"seed": seed}
+    settings = SETTINGS | row.training | {"steps": updates_of(row), "seed": seed}
     if row.rate:
         settings["learning_rate"] = _rate(row.rate)
-    if row.compute_of is not None:
-        other = settings_of(ROWS[row.compute_of], seed)
-        costs = (update_count_of(each) for each in (other, settings))
-        settings["steps"] = equal_updates(other["steps"], *costs)
     return settings
+
+
+def update_cost(row: Row) -> int:
+    """Multiply-adds of an update of a row's training."""
+    return update_count_of(SETTINGS | (row.training or {}))
+
+
+def updates_of(row: Row) -> int:
+    """Updates of a row's training: its own number, or what equal compute makes."""
+    if row.compute_of is None:
+        updates: int = (SETTINGS | (row.training or {}))["steps"]
+        return updates
+    other = ROWS[row.compute_of]
+    return equal_updates(updates_of(other), update_cost(other), update_cost(row))
 
 
 def _rate(family: str) -> float:
