@@ -61,7 +61,7 @@ mkdir -p out; \
 $(BIN)/python -m pytest benchmarks/bench_$(1).py --timeout=0 --benchmark-json=out/bench_$(2).json $(3)
 endef
 define keep_bench
-results=benchmarks/results/$$($(BIN)/python -m benchmarks.machine); mkdir -p "$$results"; \
+results=benchmarks/results/$$($(BIN)/python -m benchmarks.measure.machine); mkdir -p "$$results"; \
 mv $(1:%=out/bench_%.json) "$$results"
 endef
 

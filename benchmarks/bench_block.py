@@ -14,9 +14,9 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 
 from benchmarks import multiply_adds
-from benchmarks.interleave import Rival
-from benchmarks.models import draw_parameters
-from benchmarks.race import Case, Race, relative_difference, short
+from benchmarks.forms.models import draw_parameters
+from benchmarks.measure.interleave import Rival
+from benchmarks.measure.race import Case, Race, relative_difference, short
 from testing.configs import CONFIGS, NUM_TOKENS
 from testing.shapes import Attention, Resnet, Transformer, decoder
 from tiue_kernels.nn import resnet_block, transformer_block

@@ -23,11 +23,11 @@ from unittest import mock
 import torch
 from diffusers import UNet2DConditionModel
 
-from benchmarks.counted import write_result
-from benchmarks.interleave import Rival, interleave
-from benchmarks.markdown import table
-from benchmarks.models import draw_parameters, random_inputs, stable_diffusion_scheduler
-from benchmarks.pretend_gpu import CAPABILITY, MULTIPROCESSORS
+from benchmarks.forms.models import draw_parameters, random_inputs, stable_diffusion_scheduler
+from benchmarks.gpu.pretend import CAPABILITY, MULTIPROCESSORS
+from benchmarks.measure.counted import write_result
+from benchmarks.measure.interleave import Rival, interleave
+from benchmarks.measure.markdown import table
 from testing import published_form
 from testing.configs import CONFIGS
 from testing.operators import OPERATORS, kernel_backends
@@ -206,7 +206,7 @@ def medians(rivals: dict[str, Rival], rounds: int) -> dict[str, float]:
     """Seconds of one thread that each rival takes, in turn, after two calls that warm it up."""
     for rival in rivals.values():
         rival(), rival()
-    with mock.patch("benchmarks.interleave.wall_clock", _thread_time):
+    with mock.patch("benchmarks.measure.interleave.wall_clock", _thread_time):
         seconds = interleave(rivals, rounds, torch.device("cpu"))
     return {name: statistics.median(times) for name, times in seconds.items()}
 

@@ -11,13 +11,13 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from benchmarks import multiply_adds, peak_memory
-from benchmarks.ceilings import matmul_tflop_s
-from benchmarks.gpu import without_paths
-from benchmarks.interleave import Rival, peak_bytes
-from benchmarks.models import random_unet
-from benchmarks.race import Case, Race, relative_difference, short
-from benchmarks.rivals import FORMS, NotRunError, Setting
-from benchmarks.shares import time_shares
+from benchmarks.forms.models import random_unet
+from benchmarks.forms.rivals import FORMS, NotRunError, Setting
+from benchmarks.measure.ceilings import matmul_tflop_s
+from benchmarks.measure.interleave import Rival, peak_bytes
+from benchmarks.measure.machine import without_paths
+from benchmarks.measure.race import Case, Race, relative_difference, short
+from benchmarks.measure.shares import time_shares
 from tiue_kernels import cpu
 
 __all__ = ["FORMS", "LATENTS", "default_forms"]

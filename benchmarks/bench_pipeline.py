@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import tiue
-from benchmarks.interleave import wall_clock
-from benchmarks.race import Race, short
+from benchmarks.measure.interleave import wall_clock
+from benchmarks.measure.race import Race, short
 from tiue.openmoji.config import TEN_PROMPTS
 
 FORMS = ("tiue",)

@@ -13,10 +13,10 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from benchmarks.interleave import Rival, peak_bytes
-from benchmarks.models import random_unet
-from benchmarks.race import Race, relative_difference, short
-from benchmarks.rivals import Setting
+from benchmarks.forms.models import random_unet
+from benchmarks.forms.rivals import Setting
+from benchmarks.measure.interleave import Rival, peak_bytes
+from benchmarks.measure.race import Race, relative_difference, short
 from benchmarks.saved_bytes import decoder_bytes
 from testing import published_form
 from tiue import TiUEUNet

@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import repeated_transformers, transformer_counts
-from benchmarks.ceilings import matmul_tflop_s
-from benchmarks.interleave import Rival
-from benchmarks.models import random_transformer, transformer_inputs
-from benchmarks.race import Case, Race, relative_difference, short
-from benchmarks.shares import time_shares
-from benchmarks.transformer_forms import FORMS, passes, schedules
+from benchmarks import transformer_counts
+from benchmarks.forms import repeated_transformers
+from benchmarks.forms.models import random_transformer, transformer_inputs
+from benchmarks.forms.transformers import FORMS, passes, schedules
+from benchmarks.measure.ceilings import matmul_tflop_s
+from benchmarks.measure.interleave import Rival
+from benchmarks.measure.race import Case, Race, relative_difference, short
+from benchmarks.measure.shares import time_shares
 from tiue.dit.student import OnePassTransformer
 
 WHATS = ("decoder", "pass")

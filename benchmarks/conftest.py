@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import ceilings as ceilings_of
-from benchmarks import race
-from benchmarks.machine import describe
-from benchmarks.operator_race import FORMS, Case, Race, run_race, tiny_cases
+from benchmarks.measure import ceilings as ceilings_of
+from benchmarks.measure import race
+from benchmarks.measure.machine import describe
+from benchmarks.operators.race import FORMS, Case, Race, run_race, tiny_cases
 from testing.configs import CONFIGS, TRANSFORMERS
 from testing.problem import default_device
 
@@ -43,7 +43,9 @@ def pytest_addoption(parser):
         help="of the one pass on a CPU: whose peak memory is measured, in a process each",
     )
     group.addoption(
-        "--bench-ceilings", type=Path, help="JSON of benchmarks.ceilings; by default measured"
+        "--bench-ceilings",
+        type=Path,
+        help="of benchmarks.measure.ceilings; by default measured",
     )
 
 

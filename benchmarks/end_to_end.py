@@ -28,15 +28,14 @@ import torch
 import typer
 from diffusers import AutoencoderKL, AutoencoderTiny
 
-from benchmarks import rivals
-from benchmarks.gpu import without_paths
-from benchmarks.machine import describe, slug
-from benchmarks.markdown import seconds as format_seconds
-from benchmarks.markdown import table
-from benchmarks.models import draw_parameters
+from benchmarks.forms import rivals
+from benchmarks.forms.models import draw_parameters
+from benchmarks.forms.rivals import NotRunError, Setting
+from benchmarks.measure.machine import describe, slug, without_paths
+from benchmarks.measure.markdown import seconds as format_seconds
+from benchmarks.measure.markdown import table
+from benchmarks.measure.race import Case
 from benchmarks.peak_memory import CLEAR, resident
-from benchmarks.race import Case
-from benchmarks.rivals import NotRunError, Setting
 from tiue.files import write_json
 
 CPU = torch.device("cpu")

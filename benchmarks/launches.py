@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 
-from benchmarks.counted import write_result
-from benchmarks.markdown import table
-from benchmarks.models import random_inputs, stable_diffusion_scheduler
-from benchmarks.pretend_gpu import DEVICE, CudaError, Launch, PretendGpu
+from benchmarks.forms.models import random_inputs, stable_diffusion_scheduler
+from benchmarks.gpu.pretend import DEVICE, CudaError, Launch, PretendGpu
+from benchmarks.measure.counted import write_result
+from benchmarks.measure.markdown import table
 from testing import published_form
 from testing.configs import CONFIGS, COUNTED
 from tiue import OnePassSchedule, TiUEUNet

@@ -25,8 +25,8 @@ import psutil
 import torch
 import typer
 
-from benchmarks.machine import describe, slug
-from benchmarks.markdown import table
+from benchmarks.measure.machine import describe, slug
+from benchmarks.measure.markdown import table
 from tiue.files import write_json
 from tiue.generate.loading import load
 from tiue.generate.request import Request

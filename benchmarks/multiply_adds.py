@@ -18,8 +18,8 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.markdown import table
-from benchmarks.models import random_inputs, stable_diffusion_scheduler
+from benchmarks.forms.models import random_inputs, stable_diffusion_scheduler
+from benchmarks.measure.markdown import table
 from testing import published_form
 from testing.configs import CONFIGS
 from tiue import OnePassSchedule, TiUEUNet

@@ -20,8 +20,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.race import Case
-from benchmarks.rivals import FORMS, Setting
+from benchmarks.forms.rivals import FORMS, Setting
+from benchmarks.measure.race import Case
 from testing.configs import CONFIGS
 
 MEANING = (
@@ -35,7 +35,7 @@ def in_processes(forms: list[str], case: Case, dtype: torch.dtype) -> dict[str, 
     """Measure several forms, two at a time: most of it is drawing weights, on one core.
 
     Args:
-        forms: Keys of `benchmarks.rivals.FORMS`.
+        forms: Keys of `benchmarks.forms.rivals.FORMS`.
         case: What is run.
         dtype: Of the weights.
 
@@ -51,7 +51,7 @@ def in_a_process(form: str, case: Case, dtype: torch.dtype) -> int | None:
     """Measure one form.
 
     Args:
-        form: A key of `benchmarks.rivals.FORMS`.
+        form: A key of `benchmarks.forms.rivals.FORMS`.
         case: What is run.
         dtype: Of the weights.
 
@@ -73,7 +73,7 @@ def measure(form: str, case: Case, dtype: torch.dtype) -> int:
     """Measure one form in this process, which should have done nothing else.
 
     Args:
-        form: A key of `benchmarks.rivals.FORMS`.
+        form: A key of `benchmarks.forms.rivals.FORMS`.
         case: What is run.
         dtype: Of the weights.
 

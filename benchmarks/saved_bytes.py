@@ -16,7 +16,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from benchmarks.models import stable_diffusion_scheduler
+from benchmarks.forms.models import stable_diffusion_scheduler
 from testing import published_form
 from testing.configs import CONFIGS, NUM_TOKENS
 from tiue import OnePassSchedule, TiUEUNet
@@ -71,7 +71,7 @@ def decoder_bytes(
 
     Args:
         form: "published" or "tiue".
-        model: a key of `benchmarks.models.CONFIGS`.
+        model: a key of `benchmarks.forms.models.CONFIGS`.
         latent_size: height and width of the latents.
         batch: B.
         **options: attributes set on the student, e.g. `recompute_feed_forward=True`.
@@ -106,7 +106,7 @@ def step_bytes(
 
     Args:
         form: "published" or "tiue".
-        model: a key of `benchmarks.models.CONFIGS`.
+        model: a key of `benchmarks.forms.models.CONFIGS`.
         latent_size: height and width of the latents.
         batch: B.
         **options: attributes set on the student, e.g. `recompute_feed_forward=True`.

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks.browser import PHONE, WIDE, find_chromium, open_page
+from testing.browser import PHONE, WIDE, find_chromium, open_page
 
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
 PROMPTS = ("red apple", "rocket", "octopus")

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from benchmarks.models import (
+from benchmarks.forms.models import (
     stable_diffusion_scheduler,
     transformer_class,
     transformer_scheduler,

@@ -16,15 +16,15 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from benchmarks import repeated_transformers
-from benchmarks.counted import read_result, write_result
+from benchmarks.forms import repeated_transformers
+from benchmarks.forms.models import empty_transformer, transformer_inputs
+from benchmarks.forms.transformers import FORMS, passes, schedules
+from benchmarks.gpu.pretend import DEVICE, Launch, PretendGpu
 from benchmarks.launches import by_kind
-from benchmarks.markdown import table
-from benchmarks.models import empty_transformer, transformer_inputs
+from benchmarks.measure.counted import read_result, write_result
+from benchmarks.measure.markdown import table
 from benchmarks.multiply_adds import Count, Counter
-from benchmarks.pretend_gpu import DEVICE, Launch, PretendGpu
 from benchmarks.saved_bytes import SavedBytes
-from benchmarks.transformer_forms import FORMS, passes, schedules
 
 COUNTED = ("pixart", "sd3")
 PARTS = ("shared", "decoder")
@@ -41,7 +41,7 @@ def multiply_adds(
     """Count one form.
 
     Args:
-        form: One of `transformer_forms.FORMS`.
+        form: One of `forms.transformers.FORMS`.
         model: A key of `testing.configs.TRANSFORMERS`.
         batch: B.
         num_decoder_steps: K.
@@ -79,7 +79,7 @@ def launches(
     """Record one form in float16 at inference.
 
     Args:
-        form: One of `transformer_forms.FORMS`; `full-steps` is `one-step` K times.
+        form: One of `forms.transformers.FORMS`; `full-steps` is `one-step` K times.
         model: A key of `testing.configs.TRANSFORMERS`.
         batch: B.
         num_decoder_steps: K.

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.machine import describe
+from benchmarks.measure.machine import describe
 from benchmarks.miniature.counts import picture_count
 from benchmarks.miniature.drawing import load_row
 from benchmarks.miniature.rows import ROWS, SEEDS

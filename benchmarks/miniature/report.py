@@ -6,7 +6,7 @@ import json
 import statistics
 from typing import Any
 
-from benchmarks.markdown import table
+from benchmarks.measure.markdown import table
 from benchmarks.miniature import parts, training
 from benchmarks.miniature.evaluation import Results, ceilings_path, load_results, read_result
 from benchmarks.miniature.plots import (

@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import multiply_adds, peak_memory, rivals
+from benchmarks import multiply_adds, peak_memory
 from benchmarks.bench_one_pass import default_forms, run_race
-from benchmarks.interleave import interleave
-from benchmarks.models import random_unet
-from benchmarks.race import Case
+from benchmarks.forms import rivals
+from benchmarks.forms.models import random_unet
+from benchmarks.measure.interleave import interleave
+from benchmarks.measure.race import Case
 
 ROOT = Path(__file__).parents[2]
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import interleave
-from benchmarks.interleave import CudaClock
-from benchmarks.operator_race import Case, run_race, tiny_cases
+from benchmarks.measure import interleave
+from benchmarks.measure.interleave import CudaClock
+from benchmarks.operators.race import Case, run_race, tiny_cases
 from testing import operators
 from testing.criterion import outputs_and_gradients
 from testing.operators import OPERATORS
@@ -28,7 +28,7 @@ GEGLU = Case("geglu", "tiny_64_up1_transformer")
 
 
 def rows_of(path: Path, operators: list[str], *forms: str) -> list[dict]:
-    files = [f"benchmarks/bench_{operator}.py" for operator in operators]
+    files = [f"benchmarks/operators/bench_{operator}.py" for operator in operators]
     options = ["--bench-rounds=2", f"--benchmark-json={path}", "--bench-forms", *forms]
     environment = {name: os.environ[name] for name in os.environ if "XDIST" not in name}
     done = subprocess.run(

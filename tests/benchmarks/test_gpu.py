@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_report, gpu_results
-from benchmarks.gpu_commands import Commands
+from benchmarks.gpu import report, results
+from benchmarks.gpu import run as gpu
+from benchmarks.gpu.commands import Commands
 from testing.operators import OPERATORS, kernel_backends
 
 ROOT = Path(__file__).parents[2]
@@ -115,19 +116,19 @@ def parity() -> dict:
 
 
 def test_a_red_gate_takes_the_speedup_away(smoke: Path, parity: dict) -> None:
-    assert gpu_results.subject(FAILURE) == ("geglu", "triton")
-    assert gpu_results.gate("geglu", "tiue", parity) == "red"
-    assert gpu_results.gate("geglu", "tiue-triton", parity) == "red"
-    assert gpu_results.gate("geglu", "tiue-reference", parity) == "green"
-    assert gpu_results.gate("noise_kl", "tiue", parity) == "green"
-    assert gpu_results.gate("geglu", "eager", parity) is None
-    assert gpu_results.gate("noise_kl", "tiue", parity | {"complete": False}) == "not tested"
-    assert gpu_results.gate("noise_kl", "tiue", None) == "not tested"
+    assert results.subject(FAILURE) == ("geglu", "triton")
+    assert results.gate("geglu", "tiue", parity) == "red"
+    assert results.gate("geglu", "tiue-triton", parity) == "red"
+    assert results.gate("geglu", "tiue-reference", parity) == "green"
+    assert results.gate("noise_kl", "tiue", parity) == "green"
+    assert results.gate("geglu", "eager", parity) is None
+    assert results.gate("noise_kl", "tiue", parity | {"complete": False}) == "not tested"
+    assert results.gate("noise_kl", "tiue", None) == "not tested"
 
     result = json.loads((smoke / "gpu.json").read_text()) | {"parity": parity}
     for row in result["operators"]:
-        row["gate"] = gpu_results.gate(row["operator"], row["form"], parity)
-    text = gpu_report.markdown(result)
+        row["gate"] = results.gate(row["operator"], row["form"], parity)
+    text = report.markdown(result)
     assert FAILURE in text
     lines = text.split("### geglu, forward")[1].split("###")[0].splitlines()
     (triton,) = (line for line in lines if "| tiue-triton |" in line)
@@ -145,9 +146,9 @@ def test_goals_are_judged_on_green_gates_alone() -> None:
         "direction": "forward",
         "speedup_over_eager": 1.4,
     }
-    assert gpu_results.goals([row | {"gate": "green"}])[0]["met"] is False
-    assert gpu_results.goals([row | {"gate": "red"}])[0]["met"] is None
-    assert gpu_results.goals([row | {"gate": "green", "case": "sd15_512_up3_self-nchw"}])[0]["met"]
+    assert results.goals([row | {"gate": "green"}])[0]["met"] is False
+    assert results.goals([row | {"gate": "red"}])[0]["met"] is None
+    assert results.goals([row | {"gate": "green", "case": "sd15_512_up3_self-nchw"}])[0]["met"]
 
 
 @pytest.fixture
@@ -209,10 +210,11 @@ def test_architecture_of_a_card() -> None:
 
 
 def test_every_operator_has_a_benchmark() -> None:
-    files = {path.stem for path in (ROOT / "benchmarks").glob("bench_*.py")}
+    files = {path.stem for path in (ROOT / "benchmarks").rglob("bench_*.py")}
     levels = {"bench_one_pass", "bench_block", "bench_host", "bench_pipeline", "bench_train_step"}
     levels |= {"bench_transformer"}
     assert files == {f"bench_{operator}" for operator in OPERATORS} | levels
+    assert all((ROOT / gpu.benchmark_of(operator)).is_file() for operator in OPERATORS)
     grouped = gpu.groups(tuple(OPERATORS))
     assert sorted(member for members in grouped.values() for member in members) == sorted(OPERATORS)
     assert all(kernel_backends(name) for name in grouped if name != "compositions")
@@ -222,7 +224,7 @@ def test_nothing_but_the_one_pass_needs_diffusers() -> None:
     code = (
         "import sys\n"
         "for name in ('diffusers', 'transformers', 'tiue'): sys.modules[name] = None\n"
-        "import benchmarks.gpu, benchmarks.conftest, benchmarks.sanitize\n"
+        "import benchmarks.gpu.run, benchmarks.conftest, benchmarks.gpu.sanitize\n"
         "import tests.tiue_kernels.test_kernels_on_gpu\n"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

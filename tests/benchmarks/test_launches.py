@@ -8,7 +8,7 @@ from diffusers import UNet2DConditionModel
 pytest.importorskip("triton")
 
 from benchmarks import launches
-from benchmarks.pretend_gpu import DEVICE, CudaError, PretendGpu, pointers_touched
+from benchmarks.gpu.pretend import DEVICE, CudaError, PretendGpu, pointers_touched
 from testing.configs import CONFIGS
 from tiue_kernels import functional
 from tiue_kernels.triton import group_norm, shared_skip_group_norm_silu

@@ -10,7 +10,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.models import random_inputs
+from benchmarks.forms.models import random_inputs
 from benchmarks.multiply_adds import FORMULAS, FREE, Count, Counter, count, main
 from testing import published_form
 from testing.configs import CONFIGS

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.mutants import page, plant
-from benchmarks.mutations import MUTATIONS, Mutation
+from benchmarks.mutants.mutations import MUTATIONS, Mutation
+from benchmarks.mutants.run import page, plant
 
 ROOT = Path(__file__).parents[2]
 

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import counted, multiply_adds, plots, report
+from benchmarks import multiply_adds
+from benchmarks.measure import counted
+from benchmarks.report import performance, plots
 
 MACHINE = {"device": "Some CPU, 2 cores", "torch": "2.13.0"}
 
@@ -30,10 +32,12 @@ def result(*rows: dict) -> dict:
 
 @pytest.fixture
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(report, "COUNTED", {"tiny": 8})
+    monkeypatch.setattr(performance, "COUNTED", {"tiny": 8})
     (tmp_path / "docs").mkdir()
     (tmp_path / "benchmarks" / "results" / "cpu").mkdir(parents=True)
-    (tmp_path / "README.md").write_text(f"before\n{report.START}\nold\n{report.END}\nafter\n")
+    (tmp_path / "README.md").write_text(
+        f"before\n{performance.START}\nold\n{performance.END}\nafter\n"
+    )
     return tmp_path
 
 
@@ -42,7 +46,7 @@ def write(root: Path, name: str, content: dict) -> None:
 
 
 def page(root: Path) -> str:
-    report.main(root)
+    performance.main(root)
     return (root / "docs" / "performance.md").read_text()
 
 
@@ -81,8 +85,8 @@ def test_without_results_every_section_says_so(root: Path) -> None:
         *("The embedded model", "Transformers", "GPU", "Where we lose"),
         *("Kernels and bytes on a GPU, without one", "What the host does"),
     ):
-        assert report.NOT_MEASURED in section(text, title)
-    assert report.NOTHING in (root / "README.md").read_text()
+        assert performance.NOT_MEASURED in section(text, title)
+    assert performance.NOTHING in (root / "README.md").read_text()
     # What needs no clock is there all the same.
     counted = section(text, "Multiply-adds, without a clock")
     for words in multiply_adds.rows("tiny", 8):
@@ -179,7 +183,7 @@ def test_readme_has_the_figures(root: Path) -> None:
     assert readme.startswith("before\n")
     assert readme.endswith("after\n")
     with pytest.raises(ValueError, match="markers"):
-        report.replace_block("no markers", "new")
+        performance.replace_block("no markers", "new")
 
 
 def test_pipewordsshares(root: Path) -> None:
@@ -209,7 +213,7 @@ def test_plots_are_of_what_varies(root: Path) -> None:
     ]
     write(root, "bench_one_pass_steps.json", result(*sweep))
     write(root, "bench_one_pass.json", result(row("other", "tiue", 1.0, batch=4)))
-    rows = report.one_pass_rows(list(report.load(root / "benchmarks" / "results")))
+    rows = performance.one_pass_rows(list(performance.load(root / "benchmarks" / "results")))
     held = ("Some CPU, 2 cores", "sd15", "float32", 1, 64)
     assert plots.series(rows, "num_decoder_steps") == {
         held: {"published": {1: 3.0, 2: 6.0, 4: 12.0}, "tiue": {1: 2.0, 2: 4.0, 4: 8.0}}

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks.shares import KINDS, time_shares
+from benchmarks.measure.shares import KINDS, time_shares
 from tiue_kernels import functional
 
 X, KERNEL = torch.randn(4, 64, 32, 32), torch.randn(64, 64, 3, 3)

@@ -5,12 +5,13 @@ import torch
 
 pytest.importorskip("triton")
 
-from benchmarks import bench_transformer, repeated_transformers, transformer_counts
-from benchmarks.models import random_transformer, transformer_inputs, transformer_scheduler
+from benchmarks import bench_transformer, transformer_counts
+from benchmarks.forms import repeated_transformers
+from benchmarks.forms.models import random_transformer, transformer_inputs, transformer_scheduler
+from benchmarks.forms.transformers import FORMS, passes, schedules
+from benchmarks.measure.race import Case
 from benchmarks.multiply_adds import Count
-from benchmarks.race import Case
 from benchmarks.transformer_counts import launches, multiply_adds, saved_bytes
-from benchmarks.transformer_forms import FORMS, passes, schedules
 from tests.tiue.dit.models import exact
 
 

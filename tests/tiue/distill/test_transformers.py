@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import CLIPTextModelWithProjection, T5Config, T5EncoderModel, T5Tokenizer
 
 import tiue
-from benchmarks.models import empty_transformer
+from benchmarks.forms.models import empty_transformer
 from testing.configs import TRANSFORMERS
 from tests.tiue.dit.models import build
 from tests.tiue.tiny import TEXT_DIM, tiny_scheduler, tiny_text_encoder, tiny_tokenizer

@@ -13,7 +13,7 @@ import playwright.sync_api as playwright
 import pytest
 from PIL import Image
 
-from benchmarks.browser import PHONE, WIDE, find_chromium, open_page
+from testing.browser import PHONE, WIDE, find_chromium, open_page
 from tests.tiue.serve.conftest import ROOT, Slow, hosted, tiny_engine
 from tiue.serve.engine import Drawing
 from tiue.serve.limits import Limits
