@@ -18,7 +18,12 @@ from tiue_kernels.nn.low_rank import weights_of_conv
 
 
 def norm_silu_conv(
-    norm: Any, activation: Any, conv: Any, x: torch.Tensor, dropout: Any = None
+    norm: Any,
+    activation: Any,
+    conv: Any,
+    x: torch.Tensor,
+    dropout: Any = None,
+    plain_silu: bool | None = None,
 ) -> torch.Tensor:
     """conv(dropout(activation(norm(x)))), fused where the layers are GroupNorm, SiLU and a conv.
 
@@ -28,14 +33,16 @@ def norm_silu_conv(
         conv: `nn.Conv2d`, or what stands for it.
         x: [rows, C, H, W].
         dropout: between activation and convolution; None for none.
+        plain_silu: whether the activation is a plain SiLU, of a caller that knows; None: asks.
 
     Returns:
         [rows, C_out, H', W'].
     """
     idle = dropout is None or is_idle(dropout)
     weights = weights_of_conv(conv)
-    plain = is_affine_group_norm(norm) and is_plain(activation, nn.SiLU)
-    if idle and plain and weights is not None:
+    if plain_silu is None:
+        plain_silu = is_plain(activation, nn.SiLU)
+    if idle and plain_silu and weights is not None and is_affine_group_norm(norm):
         return weights.apply(
             lambda weight, bias: group_norm_silu_conv2d(
                 x, *norm_arguments(norm), weight, bias, norm.eps, weights.layer.padding

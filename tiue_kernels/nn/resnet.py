@@ -90,7 +90,8 @@ def resnet_block(
     rows = hidden.shape[0] if time_embedding is None else time_embedding.shape[0]
     if skip is not None and hidden.shape[0] < rows:
         hidden, skip = torch.cat([hidden, skip], dim=1), None
-    convs = None if skip is None else _split_convs(block)
+    plain_silu = is_plain(block.nonlinearity, nn.SiLU)
+    convs = _split_convs(block) if skip is not None and plain_silu else None
     if skip is not None and convs is None:
         tell_once(block)
         skip = repeat_rows(skip, rows // max(skip.shape[0], 1))
@@ -98,8 +99,10 @@ def resnet_block(
 
     norm, shortcut = block.norm1, block.conv_shortcut
     if skip is None or convs is None:
-        shared = norm_silu_conv(norm, block.nonlinearity, block.conv1, hidden)
-        out = _second_half(block, None, shared, time_embedding)
+        shared = norm_silu_conv(
+            norm, block.nonlinearity, block.conv1, hidden, plain_silu=plain_silu
+        )
+        out = _second_half(block, None, shared, time_embedding, plain_silu)
         residual = hidden if shortcut is None else run_conv(shortcut, hidden)
     else:
         own, shared = convs[0].apply(
@@ -109,7 +112,7 @@ def resnet_block(
             ),
             pixels(hidden),
         )
-        out = _second_half(block, own, shared, time_embedding)
+        out = _second_half(block, own, shared, time_embedding, plain_silu)
         own, residual = convs[1].apply(
             lambda weight, bias: split_conv2d(hidden, skip, weight, bias), pixels(hidden)
         )
@@ -120,7 +123,7 @@ def resnet_block(
 
 def _split_convs(block: Any) -> tuple[Weights, Weights] | None:
     """Convolution and shortcut where they can be split at the skip's border."""
-    if not (is_plain(block.nonlinearity, nn.SiLU) and is_affine_group_norm(block.norm1)):
+    if not is_affine_group_norm(block.norm1):
         return None
     conv, shortcut = weights_of_conv(block.conv1), weights_of_conv(block.conv_shortcut)
     return None if conv is None or shortcut is None else (conv, shortcut)
@@ -131,18 +134,19 @@ def _second_half(
     hidden: torch.Tensor | None,
     shared: torch.Tensor,
     time_embedding: torch.Tensor | None,
+    plain_silu: bool,
 ) -> torch.Tensor:
     """hidden [K*B, C, H, W] or None, plus shared [B, ...] and embedding; norm, SiLU, conv2."""
     norm, conv, activation = block.norm2, block.conv2, block.nonlinearity
     if block.time_emb_proj is None or time_embedding is None:
         shared = shared if hidden is None else _add_shared(hidden, shared)
-        return norm_silu_conv(norm, activation, conv, shared, block.dropout)
+        return norm_silu_conv(norm, activation, conv, shared, block.dropout, plain_silu)
     if not block.skip_time_act:
         time_embedding = activation(time_embedding)
     projected = block.time_emb_proj(time_embedding)
 
     scale_shift = block.time_embedding_norm == "scale_shift"
-    if is_affine_group_norm(norm) and is_plain(activation, nn.SiLU):
+    if plain_silu and is_affine_group_norm(norm):
         inputs = (hidden, shared, projected, *norm_arguments(norm))
         weights = weights_of_conv(conv)
         if weights is not None and is_idle(block.dropout):

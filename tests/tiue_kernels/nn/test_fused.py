@@ -24,7 +24,11 @@ from tiue_kernels.nn import (
     FusedResnetBlock2D,
     FusedUpsample2D,
     GroupNormSiLUConv2d,
+    convolutions,
+    resnet_block,
 )
+from tiue_kernels.nn import resnet as resnet_module
+from tiue_kernels.nn.layers import is_plain
 
 Tensors = dict[str, torch.Tensor]
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -249,6 +253,24 @@ CHANGES: dict[str, tuple[str, Callable[[Any], Any]]] = {
     ),
     "hook_on_upsampling": ("upsample", lambda b: b.conv.register_forward_hook(double_output)),
 }
+
+
+@pytest.mark.parametrize("with_skip", [False, True])
+@pytest.mark.parametrize("name", ["resnet", "resnet_without_time", "resnet_mish"])
+def test_a_resnet_asks_for_its_activation_once(name: str, with_skip: bool, monkeypatch) -> None:
+    block = make(CASES[name])
+    hidden, temb = CASES[name].inputs["input_tensor"], CASES[name].inputs["temb"]
+    halves = hidden.split(8, dim=1) if with_skip else (hidden, None)
+    asked = []
+
+    def note(module, *classes):
+        asked.append(module)
+        return is_plain(module, *classes)
+
+    for place in (resnet_module, convolutions):
+        monkeypatch.setattr(place, "is_plain", note)
+    resnet_block(block, halves[0], temb, halves[1])
+    assert asked.count(block.nonlinearity) == 1
 
 
 @pytest.mark.parametrize("change", CHANGES)
