@@ -1,9 +1,12 @@
 """A service of a tiny model, in this process or in one of its own."""
 
+import json
 import signal
 import subprocess
 import sys
 import threading
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,6 +40,14 @@ def client(engine: Engine) -> Iterator[TestClient]:
     app = make_app(Service(engine), HOSTS)
     with TestClient(app, base_url="http://127.0.0.1", raise_server_exceptions=False) as found:
         yield found
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory) -> Path:
+    """A tiny model, as a service in a process of its own loads it."""
+    place = tmp_path_factory.mktemp("serve") / "model"
+    tiny_pipeline().save_pretrained(place)
+    return place
 
 
 @pytest.fixture(scope="module")
@@ -98,3 +109,16 @@ def served(folder: Path | None, *arguments: str) -> Iterator[tuple[subprocess.Po
         if process.poll() is None:
             process.send_signal(signal.SIGKILL)
         process.communicate()
+
+
+def ask(url: str, **settings) -> tuple[int, dict]:
+    """Status and answer of a request for pictures, of an apple unless told otherwise."""
+    body = json.dumps({"prompt": "apple", "seed": 3} | settings).encode()
+    request = urllib.request.Request(
+        f"{url}/v1/images/generations", body, {"Content-Type": "application/json"}
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=120) as answer:
+            return answer.status, json.load(answer)
+    except urllib.error.HTTPError as error:
+        return error.code, json.loads(error.read() or "{}")

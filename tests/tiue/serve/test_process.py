@@ -11,15 +11,7 @@ import urllib.request
 
 import pytest
 
-from tests.tiue.serve.conftest import served
-from tests.tiue.tiny import tiny_pipeline
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    place = tmp_path_factory.mktemp("serve") / "model"
-    tiny_pipeline().save_pretrained(place)
-    return place
+from tests.tiue.serve.conftest import ask, served
 
 
 @pytest.fixture(scope="module")
@@ -33,13 +25,10 @@ def address(service) -> str:
     return service[1]
 
 
-def ask(url: str, **settings) -> dict:
-    body = json.dumps({"prompt": "apple", "seed": 3} | settings).encode()
-    request = urllib.request.Request(
-        f"{url}/v1/images/generations", body, {"Content-Type": "application/json"}
-    )
-    with urllib.request.urlopen(request, timeout=60) as answer:
-        return json.load(answer)
+def drawn(url: str, **settings) -> list[dict]:
+    status, answer = ask(url, **settings)
+    assert status == 200, answer
+    return answer["data"]
 
 
 def metric(url: str, pattern: str) -> float:
@@ -57,7 +46,7 @@ def wait_for(what, seconds: float = 20.0) -> None:
 
 def test_listens_on_this_machine_alone_and_draws_the_same_twice(address):
     assert address.startswith("http://127.0.0.1:")
-    assert ask(address)["data"] == ask(address)["data"]
+    assert drawn(address) == drawn(address)
 
 
 def test_who_hangs_up_is_not_drawn_for(address):
@@ -73,7 +62,7 @@ def test_who_hangs_up_is_not_drawn_for(address):
     wait_for(lambda: metric(address, re.escape(cancelled)) == 1)
     assert metric(address, "tiue_waiting_pictures") == 0
     assert metric(address, "tiue_batch_size_sum") - before < 40
-    assert len(ask(address)["data"]) == 1
+    assert len(drawn(address)) == 1
 
 
 def test_half_a_request_and_noise_leave_the_service_alone(address):
@@ -81,26 +70,26 @@ def test_half_a_request_and_noise_leave_the_service_alone(address):
     for data in (b"POST /v1/images/gen", b"\x16\x03\x01" + b"\0" * 99, b"GET / HTTP/9.9\r\n\r\n"):
         with socket.create_connection((host, int(port))) as client:
             client.sendall(data)
-    assert len(ask(address)["data"]) == 1
+    assert len(drawn(address)) == 1
 
 
 def test_kill_9_then_a_start_and_an_end_after_what_was_begun(folder, service):
     """Last in this file: it kills the service of the tests above."""
     process, url = service
-    first = ask(url)
+    first = drawn(url)
     process.kill()
     process.wait(60)
     with pytest.raises(urllib.error.URLError):
         ask(url)
     with served(folder, "--no-page", "--port", url.rpartition(":")[2]) as (process, again):
         assert again == url
-        assert ask(again)["data"] == first["data"]
+        assert drawn(again) == first
         answers = []
-        asked = threading.Thread(target=lambda: answers.append(ask(url, n=8, size="64x64")))
+        asked = threading.Thread(target=lambda: answers.append(drawn(url, n=8, size="64x64")))
         asked.start()
         wait_for(lambda: metric(url, "tiue_waiting_pictures") > 0 or answers)
         process.send_signal(signal.SIGTERM)
         asked.join(60)
-        assert len(answers[0]["data"]) == 8
+        assert len(answers[0]) == 8
         assert process.wait(60) in (0, -signal.SIGTERM)
         assert "Traceback" not in process.stderr.read()

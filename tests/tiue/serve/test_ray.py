@@ -15,7 +15,7 @@ import psutil
 import pytest
 from PIL import Image
 
-from tests.tiue.tiny import tiny_pipeline
+from tests.tiue.serve.conftest import ask
 from tiue.errors import InputError
 from tiue.serve.command import load_engine
 from tiue.serve.engine import Drawing
@@ -31,13 +31,6 @@ ray = pytest.importorskip("ray", reason="needs the ray extra: make test-ray")
 
 PORT = 8765
 PROMPTS = ("apple", "pear", "sun")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    place = tmp_path_factory.mktemp("ray") / "model"
-    tiny_pipeline().save_pretrained(place)
-    return place
 
 
 @pytest.fixture(scope="module")
@@ -57,18 +50,6 @@ def address(folder):
     finally:
         serve.shutdown()
         ray.shutdown()
-
-
-def ask(url: str, **settings) -> tuple[int, dict]:
-    body = json.dumps({"prompt": "apple", "seed": 3} | settings).encode()
-    request = urllib.request.Request(
-        f"{url}/v1/images/generations", body, {"Content-Type": "application/json"}
-    )
-    try:
-        with urllib.request.urlopen(request, timeout=120) as answer:
-            return answer.status, json.load(answer)
-    except urllib.error.HTTPError as error:
-        return error.code, json.loads(error.read() or "{}")
 
 
 def picture(answer: dict) -> np.ndarray:
