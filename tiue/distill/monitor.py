@@ -1,7 +1,7 @@
 """What a run shows: progress bar, log.jsonl, trackers, validation pictures, summary."""
 
 import json
-import resource
+import sys
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -20,6 +20,11 @@ from tiue.distill.step import StepResult
 from tiue.errors import DependencyError
 from tiue.files import append_line, write_file, write_json
 from tiue.images import contact_sheet, save_image
+
+try:
+    import resource
+except ImportError:  # Windows has none
+    resource = None  # type: ignore[assignment]
 
 PROJECT = "tiue"
 LOG, HISTORY, SUMMARY, SAMPLES = "log.jsonl", "history.jsonl", "summary.json", "samples"
@@ -103,8 +108,10 @@ class Monitor:
             "learning_rate": rate,
             "images_per_second": images / seconds,
             "seconds": seconds,
-            "memory_gib": peak_memory(self.accelerator.device) / 2**30,
         }
+        memory = peak_memory(self.accelerator.device)
+        if memory is not None:
+            figures["memory_gib"] = memory / 2**30
         if not self._ends:
             self._ends["first"] = figures
         self._ends["last"] = figures
@@ -148,6 +155,7 @@ class Monitor:
         """
         self._progress.close()
         seconds = time.monotonic() - self._started
+        memory = peak_memory(self.accelerator.device)
         summary = {
             "ended": ended,
             "steps": step,
@@ -156,7 +164,7 @@ class Monitor:
             "images": self._images,
             "images_per_second": round(self._images / seconds, 3),
             "processes": self.accelerator.num_processes,
-            "peak_memory_gib": round(peak_memory(self.accelerator.device) / 2**30, 2),
+            "peak_memory_gib": None if memory is None else round(memory / 2**30, 2),
             **self._ends,
         }
         if self.config.trackers:
@@ -195,20 +203,27 @@ def keep_lines_until(path: Path, step: int) -> None:
     write_file(path, lambda beside: beside.write_text("".join(kept), encoding="utf-8"))
 
 
-def peak_memory(device: torch.device) -> int:
-    """The most bytes that this process has held: of the GPU on one, else of the host."""
+def peak_memory(device: torch.device) -> int | None:
+    """The most bytes that this process has held: of the GPU on one, else of the host; or None.
+
+    None where the system does not say: the CPU of a Windows.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if resource is None:
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def describe(summary: dict[str, Any], output: Path) -> str:
     """A summary in a few lines."""
+    memory = summary["peak_memory_gib"]
     lines = [
         f"{summary['steps']} steps ({summary['steps_this_time']} now, {summary['ended']}), "
         f"{summary['images']} images in {summary['seconds']:.0f} s: "
         f"{summary['images_per_second']:.3g} a second on {summary['processes']} process(es), "
-        f"peak memory {summary['peak_memory_gib']:.2f} GiB"
+        + ("peak memory not known" if memory is None else f"peak memory {memory:.2f} GiB")
     ]
     first, last = summary.get("first", {}), summary.get("last", {})
     lines += [
