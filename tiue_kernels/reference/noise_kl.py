@@ -10,6 +10,9 @@ LEAST_VARIANCE = 1e-12
 def noise_kl_fwd(noise_pred: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     maps = noise_pred.flatten(-3)
     maps = maps.to(torch.promote_types(maps.dtype, torch.float32))
+    if maps.shape[:-1].numel() == 0:  # of no maps at all torch warns, as of maps without values
+        kl = maps.new_zeros(maps.shape[:-1])
+        return kl, torch.stack([kl, kl])
     variance, mean = torch.var_mean(maps, dim=-1, correction=1)
     kl = 0.5 * (mean.square() + variance - 1 - variance.clamp_min(LEAST_VARIANCE).log())
     return kl, torch.stack([mean, variance])
