@@ -18,4 +18,6 @@ def test_the_notebook_runs(monkeypatch):
             exec("".join(cell["source"]), names)
     assert isinstance(names["served"], Image.Image)
     assert [json.loads(line)["step"] for line in names["losses"]][-1] == 2
-    assert 0 < names["difference"] < 60
+    figures = names["result"]["figures"]
+    assert 0 < figures["fid"] < 10
+    assert figures["precision"] > 0.5
