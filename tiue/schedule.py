@@ -145,7 +145,9 @@ class OnePassSchedule:
         trials *= torch.tensor([[0.0], [1.0], [1e3]], dtype=torch.float64)
         results, drew_noise = _run(stepped, torch.cat([torch.eye(size).to(trials), trials]))
         if drew_noise:
-            raise SchedulerError(f"{name} draws noise at its steps; {_CURE}")
+            of_its_own = scheduler.config.get("stochastic_sampling")  # of flow matching
+            cure = "build it with stochastic_sampling=False" if of_its_own else _CURE
+            raise SchedulerError(f"{name} draws noise at its steps; {cure}")
         coefficients = results[:size]
         if not coefficients.isfinite().all() and _has_zero_snr(stepped):
             raise SchedulerError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 from collections import OrderedDict
@@ -58,10 +59,17 @@ class OnePassTransformer(OnePassModel):
     config: Any
     patch_size: int
     gradient_checkpointing: bool
+    # What `encode` takes by name beside sample, timestep and text.
+    CONDITIONS: ClassVar[frozenset[str]] = frozenset()
     # Whether backward runs the first product of the decoder's feed-forwards again.
     recompute_feed_forward = False
     # Whether gradient checkpointing is of the decoder's blocks too.
     checkpoint_decoder = True
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        # `self`, sample, timestep and text come first.
+        cls.CONDITIONS = frozenset(list(inspect.signature(cls.encode).parameters)[4:])
 
     @property
     def num_shared_blocks(self) -> int:
@@ -261,6 +269,7 @@ class OnePassTransformer(OnePassModel):
         """What `forward` gives where it is called with a schedule: sum_k E_k times the outputs."""
         schedule = schedule if torch.compiler.is_compiling() else schedule.on(sample.device)
         given = {name: value for name, value in conditioning.items() if value is not None}
+        self._check_conditions(given)
         features = self.encode(sample, schedule.encoder_timestep, text, **given)
         out = self.decode_summed(features, schedule).to(sample.dtype)
         return Transformer2DModelOutput(sample=out) if return_dict else (out,)
@@ -272,12 +281,29 @@ class OnePassTransformer(OnePassModel):
         prompt_embeds: torch.Tensor,
         **conditioning: Any,
     ) -> torch.Tensor:
+        self._check_conditions(conditioning)
         features = self.encode(sample, schedule.encoder_timestep, prompt_embeds, **conditioning)
         return self.decode_summed(features, schedule)[:, : sample.shape[1]]
 
-    def predict_noise(self, latents: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def predict_noise(
+        self,
+        latents: torch.Tensor,
+        timesteps: torch.Tensor | Sequence[float],
+        prompt_embeds: torch.Tensor,
+        **conditioning: Any,
+    ) -> torch.Tensor:
         """As `OnePassModel.predict_noise`, without a predicted variance."""
-        return super().predict_noise(latents, *args, **kwargs)[:, :, : latents.shape[1]]
+        self._check_conditions(conditioning)
+        noise = super().predict_noise(latents, timesteps, prompt_embeds, **conditioning)
+        return noise[:, :, : latents.shape[1]]
+
+    def _check_conditions(self, given: dict[str, Any]) -> None:
+        unknown = given.keys() - self.CONDITIONS
+        if unknown:
+            raise InputError(
+                f"the one pass of a {self.PARENT.__name__} has no {', '.join(sorted(unknown))}; it"
+                f" takes {', '.join(sorted(self.CONDITIONS))}"
+            )
 
     def _check_inputs(self, sample: torch.Tensor, prompt_embeds: torch.Tensor) -> tuple[int, int]:
         """The grid of tokens that a sample is cut into."""

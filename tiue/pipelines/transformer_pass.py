@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from diffusers import DiffusionPipeline
+from diffusers.pipelines.pag.pag_utils import PAGMixin
 
-from tiue.dit import student_of
-from tiue.errors import InputError
+from tiue.dit import STUDENTS, student_of
+from tiue.errors import ArchitectureError, InputError
 from tiue.pipelines import inputs
 from tiue.pipelines.driven import Driven, driven
 from tiue.pipelines.parts import Part
@@ -17,6 +18,7 @@ from tiue.schedule import OnePassSchedule, is_flow_matching
 # A shift to make a schedule with until the pipeline says which its pictures' size has: that of a
 # picture of 512 x 512 in Stable Diffusion 3.5.
 _ANY_SHIFT = 0.69
+_CONTROL = "controlnet_block_samples"
 
 
 class TransformerPart(Part):
@@ -81,11 +83,23 @@ def transformer_pass(pipe: DiffusionPipeline, num_decoder_steps: int) -> Any:
         The pipeline; the border is its `transformer.num_shared_blocks`.
 
     Raises:
-        ArchitectureError: a transformer without a one-pass student.
+        ArchitectureError: a transformer without a one-pass student, perturbed-attention guidance,
+            a ControlNet where the family takes none.
         SchedulerError: a flow-matching scheduler that has no one pass.
     """
     made = driven(TransformerPass, pipe)
     made.transformer = student_of(pipe.transformer)
+    if isinstance(pipe, PAGMixin):
+        raise ArchitectureError(
+            f"{type(pipe).__name__} has no one pass: perturbed attention tells guided rows from the"
+            " rest by their place in a batch, which K timesteps change. Take the pipeline without"
+        )
+    if "controlnet" in pipe.components and _CONTROL not in made.transformer.CONDITIONS:
+        takers = [own.PARENT.__name__ for own in STUDENTS if _CONTROL in own.CONDITIONS]
+        raise ArchitectureError(
+            f"the one pass of a {made.transformer.PARENT.__name__} takes no ControlNet; that of"
+            f" {', '.join(takers)} does"
+        )
     scheduler = pipe.scheduler
     made.scheduler = scheduler if is_flow_matching(scheduler) else with_one_pass(scheduler)
     _schedule(made.scheduler, num_decoder_steps)
