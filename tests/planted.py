@@ -59,7 +59,7 @@ FAULTS = [
         "a store without the mask of the channels",
         f"{TRITON}/timestep_sum_group_norm_silu.py",
         "tl.store(start + offsets, total, mask=mask)",
-        "tl.store(start + offsets, total, mask=mask_p[None, :])",
+        "tl.store(start + offsets, total, mask=(offs_p < pixels)[None, :])",
         "timestep_sum_norm-fwd-nhwc",
     ),
     Fault(

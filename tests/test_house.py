@@ -154,5 +154,8 @@ def test_a_planted_fault_still_has_its_place(fault):
     text = (ROOT / fault.file).read_text(encoding="utf-8")
     assert text.count(fault.right) == 1
     assert fault.right != fault.wrong
+    # A name that is no more would be an error of its own, which no check has to notice.
+    names = set(re.findall(r"\b[A-Za-z_]\w*", fault.wrong))
+    assert {name for name in names if not re.search(rf"\b{name}\b", text)} == set()
     listed = (ROOT / "docs" / "gpu_checks.md").read_text(encoding="utf-8").replace("`", "")
     assert f"{'CUDA' if 'csrc' in fault.file else 'Triton'}: {fault.what} |" in listed
