@@ -29,6 +29,7 @@ class Call:
     run: Callable[..., Any]
     normed: tuple[torch.Tensor, int, float] | None = None  # what is normed, in groups, epsilon
     heads: int = 0  # of attention
+    gain: float = 0.0  # sum of a product's weights behind the norm, at most; 0 without one
 
     def on(self, backend: str, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
         """Outputs and gradients by name, the tensors in another type where one is given."""
@@ -223,6 +224,31 @@ def _gated(tensor: Any, size: Any) -> Call:
     )
 
 
+def _long_skip(tensor: Any, size: Any) -> Call:
+    timesteps, batch, tokens = size(3), size(2), size(6)
+    channels, wide, outputs = size(20), size(20), size(20)
+    hidden = tensor(timesteps * batch, tokens, channels)
+    skip = tensor(batch, tokens, wide)
+    tensors = {
+        "hidden": hidden,
+        "skip": skip,
+        "norm_weight": tensor(channels + wide, plain=True),
+        "norm_bias": tensor(channels + wide, plain=True),
+        "weight": tensor(outputs, channels + wide, plain=True),
+    }
+    if size(4) < 4:
+        tensors["bias"] = tensor(outputs, plain=True)
+    joined = torch.cat([hidden, skip.repeat(timesteps, 1, 1)], -1).flatten(0, 1)
+    scaled = (tensors["weight"] * tensors["norm_weight"]).float().abs()
+    return Call(
+        "shared_skip_layer_norm_linear",
+        tensors,
+        functional.shared_skip_layer_norm_linear,
+        (joined, 1, 1e-6),
+        gain=max(scaled.sum(0).max().item(), scaled.sum(1).max().item()),
+    )
+
+
 def _as_tokens(tensor: Any, size: Any) -> Call:
     groups = size(4)
     channels = groups * size(5)
@@ -246,6 +272,7 @@ MAKERS: dict[str, Callable[..., Call]] = {
     "cross_timestep_attention": _attention,
     "adaptive_layer_norm": _modulated,
     "gated_residual": _gated,
+    "shared_skip_layer_norm_linear": _long_skip,
     "group_norm_tokens": _as_tokens,
     "geglu": _geglu,
     "one_pass_combine": _combine,
@@ -262,7 +289,7 @@ def _terms(call: Call) -> float:
     if call.normed is not None and call.normed[0].numel():
         rstd = _finite(_moments(call)[1].rsqrt()).max(initial=0.0)
         weight = call.tensors.get("weight", torch.ones(1)).float().abs().max()
-        return float(rstd * weight)
+        return float(rstd * weight) * (call.gain or 1.0)
     if call.operator != "cross_timestep_attention":
         return 0.0
     query, key, value = (call.tensors[n].float().abs() for n in ("query", "key", "value"))
@@ -295,6 +322,25 @@ def _kept_output(call: Call, name: str) -> float:
     largest = _finite(x["value"].abs()).max(initial=0.0)
     half_a_place = torch.finfo(call.tensors["value"].dtype).eps / 2
     return float(half_a_place * largest * width * times[name])
+
+
+def _rounded_terms(call: Call, name: str) -> float:
+    """How large the terms of a product behind the norm are, at most, each of them rounded.
+
+    What a product reads and gives is in the type of the call, and its sums may cancel: two normed
+    values are 1 and -1, and their gradients 0 but for that.
+    """
+    if not call.gain or call.normed is None:
+        return 0.0
+    joined, *_ = call.normed
+    largest = joined.shape[1] ** 0.5  # of a normed value
+    if name.startswith("out"):
+        return call.gain * largest
+    if name in ("grad of hidden", "grad of skip"):
+        return _terms(call) * largest
+    weight, norm_weight = (call.tensors[n].float().abs() for n in ("weight", "norm_weight"))
+    factor = max(1.0, norm_weight.max().item(), weight.sum(0).max().item())
+    return len(joined) * largest * factor
 
 
 def _moments(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
@@ -362,9 +408,10 @@ def faults(call: Call, backend: str) -> list[str]:
         largest = answer[finite].abs().max().item()
         allowed += (half + single) * max(1e-30, largest) + single * terms
         allowed += _kept_output(call, name)
+        allowed += torch.finfo(got[name].dtype).eps * _rounded_terms(call, name)
         # A mean's last place or two, times a normal weight; in gradients, times the terms that it
         # turns, which may cancel: two constants of which one is 1126.4 left 2.3 of terms of 840.
-        times = terms if name.startswith("grad") else 4.0
+        times = terms if name.startswith("grad") else 4.0 * (call.gain or 1.0)
         allowed += 2 * torch.finfo(torch.float32).eps * unsteady * times
         if not error <= allowed:
             found.append(f"{call.operator} {name}: off by {error:.3g}, allowed {allowed:.3g}")
