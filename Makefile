@@ -107,7 +107,7 @@ test-wheel: wheel
 	    $$folder/venv/bin/python -m pip install --quiet --disable-pip-version-check \
 	        --constraint constraints.txt "$$wheel"; \
 	    (cd $$folder && venv/bin/tiue info && venv/bin/tiue generate rocket --seed 0 --output out); \
-	    test -s $$folder/out/*.png; rm -rf $$folder; done
+	    test -s $$folder/out/contact_sheet.png; rm -rf $$folder; done
 
 # Installs nothing and needs no network: .venv where it is, else $(PYTHON) with the torch that it has.
 gpu:
