@@ -1,7 +1,7 @@
 """Triton's interpreter where there is no GPU, and csrc built once a session for all who run it.
 
-Triton reads the variable where it is imported, and diffusers imports it: so it is set first of
-all, in the folder that pytest reads before it collects a test.
+Triton and huggingface_hub read their variables where they are imported, and diffusers imports both:
+so they are set first of all, in the folder that pytest reads before it collects a test.
 """
 
 import fcntl
@@ -25,6 +25,9 @@ cpu._library, cpu._why_not, cpu._said = None, "tests ask for it", True
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# No test needs the hub, and none waits for one that cannot be reached.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
 def pytest_configure(config: pytest.Config) -> None:
