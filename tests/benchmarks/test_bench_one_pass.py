@@ -22,14 +22,20 @@ from benchmarks.measure.race import Case
 ROOT = Path(__file__).parents[2]
 
 
-def bench(folder: Path, level: str, *options: str) -> list[dict]:
-    """Run one benchmark on the tiny model; its rows."""
-    path = folder / f"bench_{level}.json"
-    command = [sys.executable, "-m", "pytest", f"benchmarks/bench_{level}.py", *options]
+LEVELS = ("one_pass", "block", "train_step", "pipeline")
+
+
+@pytest.fixture(scope="module")
+def levels(tmp_path_factory) -> dict[str, list[dict]]:
+    """The rows of every level on the tiny model, of one process: its start is what takes time."""
+    path = tmp_path_factory.mktemp("results") / "bench.json"
+    files = [f"benchmarks/bench_{level}.py" for level in LEVELS]
+    options = ["--bench-model=tiny", "--bench-latents", "8", "--bench-rounds", "3"]
+    options += ["--bench-steps", "2", "--bench-memory", "published", f"--benchmark-json={path}"]
     # pytest-benchmark measures nothing where it takes itself for a worker of pytest-xdist.
     environment = {name: os.environ[name] for name in os.environ if "XDIST" not in name}
     done = subprocess.run(
-        [*command, "--bench-model=tiny", f"--benchmark-json={path}"],
+        [sys.executable, "-m", "pytest", *files, *options],
         cwd=ROOT,
         env=environment,
         capture_output=True,
@@ -41,14 +47,15 @@ def bench(folder: Path, level: str, *options: str) -> list[dict]:
     result = json.loads(text)
     assert result["machine_info"]["device"]
     assert "node" not in result["machine_info"]
-    return result["benchmarks"]
+    found: dict[str, list[dict]] = {level: [] for level in LEVELS}
+    for row in result["benchmarks"]:
+        found[Path(row["fullname"].partition("::")[0]).stem.removeprefix("bench_")].append(row)
+    return found
 
 
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory) -> list[dict]:
-    options = ["--bench-latents", "8", "--bench-rounds", "3", "--bench-steps", "2"]
-    options += ["--bench-memory", "published"]
-    return bench(tmp_path_factory.mktemp("results"), "one_pass", *options)
+@pytest.fixture
+def rows(levels) -> list[dict]:
+    return levels["one_pass"]
 
 
 def test_forms_are_raced_on_one_case(rows):
@@ -163,9 +170,8 @@ def test_openvino_computes_the_same(rows):
     assert infos["published-openvino"]["relative_difference"] < 1e-4
 
 
-def test_blocks(tmp_path):
-    options = ["--bench-latents", "8", "--bench-rounds", "2"]
-    rows = {row["name"]: row["extra_info"] for row in bench(tmp_path, "block", *options)}
+def test_blocks(levels):
+    rows = {row["name"]: row["extra_info"] for row in levels["block"]}
     assert len(rows) == 4
     for block in ("resnet", "transformer block"):
         published, tiue = (
@@ -178,18 +184,16 @@ def test_blocks(tmp_path):
         assert tiue["relative_difference"] < 2e-4
 
 
-def test_training_steps(tmp_path):
-    options = ["--bench-latents", "8", "--bench-rounds", "2"]
-    rows = bench(tmp_path, "train_step", *options)
-    infos = {row["extra_info"]["form"]: row["extra_info"] for row in rows}
+def test_training_steps(levels):
+    infos = {row["extra_info"]["form"]: row["extra_info"] for row in levels["train_step"]}
     assert set(infos) == {"published", "tiue", "tiue-recompute"}
     assert all(info["relative_difference"] < 1e-4 for info in infos.values())
     saved = {form: info["saved_mib"] for form, info in infos.items()}
     assert saved["tiue-recompute"] < saved["tiue"] < saved["published"]
 
 
-def test_pictures(tmp_path):
-    rows = bench(tmp_path, "pipeline", "--bench-rounds", "1")
+def test_pictures(levels):
+    rows = levels["pipeline"]
     assert [row["extra_info"]["batch"] for row in rows] == [1, 8]
     for row in rows:
         stages = row["extra_info"]["stages_s"]
