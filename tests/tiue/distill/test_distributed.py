@@ -44,8 +44,12 @@ def assert_same_on_both(first, second):
     assert [name for name in first if not torch.equal(first[name], second[name])] == []
 
 
-def assert_gradients_near(actual, expected, bound=1e-6):
-    """To a share of the largest gradient of the network."""
+def assert_gradients_near(actual, expected, bound=2e-6):
+    """To a share of the largest gradient of the network.
+
+    Batches of other sizes round otherwise: 1.004e-6 seen on a CPU with AVX2, 8 times float32's
+    epsilon.
+    """
     for part in ("student", "lora"):
         names = [name for name in expected if name.startswith(f"{part} gradient ")]
         assert len(names) > 10
