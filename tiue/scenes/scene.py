@@ -43,8 +43,8 @@ class Freedom:
 
 
 # The world that the models draw. Places are a latent's pitch of 8 pixels apart, so that an object
-# of a size is one of two patterns of latents. While they were `LOOSE`, a UNet of 7 M parameters drew
-# 12 of 100 exact prompts rightly after 14,250 updates of 32 scenes; 4,350 later here, 118 of 400.
+# of a size is one of two patterns of latents. While they were `LOOSE`, a UNet of 7 M parameters got
+# 12 of 100 exact prompts right after 14,250 updates of 32 scenes; 4,350 later here, 118 of 400.
 WORLD = Freedom(places=(16.0, 24.0, 32.0, 40.0, 48.0))
 # What the judge is trained on: a model's object that is a little off is to be found too.
 LOOSE = Freedom(length=2.0, turn=15.0, tint=0.12)
