@@ -13,7 +13,9 @@ import json
 import platform
 import re
 import shutil
+import sys
 import tempfile
+from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -104,9 +106,8 @@ def stable_abi() -> str:
 def variant(target: str) -> str:
     """The folder of a compiled target, "cpu" or "cuda", in the words of `kernels`."""
     backend = f"cu{build.toolkit_version().replace('.', '')}" if target == "cuda" else "cpu"
-    system = {"Linux": "linux", "Darwin": "darwin", "Windows": "windows"}[platform.system()]
     abi = f"torch-stable-abi{TORCH.replace('.', '')}"
-    return f"{abi}-{backend}-{platform.machine()}-{system}"
+    return f"{abi}-{backend}-{platform.machine()}-{platform.system().lower()}"
 
 
 def write(folder: Path, compiled: tuple[str, ...] = ()) -> str:
@@ -161,9 +162,16 @@ def compile_into(folder: Path, target: str, namespace: str) -> None:
             shutil.copy(file, folder)
 
 
+class Target(str, Enum):
+    """What may be compiled for a variant of its own."""
+
+    cpu = "cpu"
+    cuda = "cuda"
+
+
 app = command_group(__doc__)
 Compiled = Annotated[
-    list[str] | None, typer.Option("--compile", help="cpu or cuda; needs g++ or nvcc.")
+    list[Target] | None, typer.Option("--compile", help="Needs g++ (cpu) or nvcc (cuda).")
 ]
 
 
@@ -173,7 +181,11 @@ def main(
     compiled: Compiled = None,
 ) -> None:
     """Write the operators as a folder of Hugging Face's `kernels`."""
-    typer.echo(f"{folder}: {write(folder, tuple(compiled or ()))} {tiue_kernels.__version__}")
+    try:
+        name = write(folder, tuple(target.value for target in compiled or ()))
+    except build.BuildError as error:
+        sys.exit(f"error: {error}")
+    typer.echo(f"{folder}: {name} {tiue_kernels.__version__}")
 
 
 if __name__ == "__main__":

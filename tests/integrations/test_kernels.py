@@ -15,10 +15,11 @@ from kernels import LocalLayerRepository, Mode, kernelize, use_kernel_mapping
 from kernels._rust import Build
 from kernels.layer import use_kernel_forward_from_hub
 from torch import nn
+from typer.testing import CliRunner
 
 import tiue_kernels.cuda
 import tiue_kernels.functional
-from integrations.kernels.write import variant, write
+from integrations.kernels.write import app, variant, write
 from tests.conftest import one_at_a_time
 from tiue_kernels import build
 
@@ -128,6 +129,17 @@ def test_a_compiled_variant_is_preferred_and_runs_its_own_library(compiled, monk
     assert package != "tiue_kernels"
     assert Path(cpu.__file__).parents[1].name == variant("cpu")
     assert cpu.loaded(), cpu.why_not()
+
+
+def test_what_cannot_be_compiled_leaves_the_folder_as_it_was(tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    runner, arguments = CliRunner(), [str(tmp_path / "out"), "--compile"]
+    missing, unknown = (runner.invoke(app, [*arguments, target]) for target in ("cpu", "gpu"))
+    assert missing.exit_code == 1
+    assert str(missing.exception or missing.output).count("CXX=no-such-compiler was not found") == 1
+    assert unknown.exit_code == 2
+    assert list(tmp_path.rglob("*")) == [tmp_path / "out"]
 
 
 def test_two_libraries_of_gpu_kernels_live_in_one_process(host_library, tmp_path):
