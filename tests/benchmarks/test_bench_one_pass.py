@@ -8,16 +8,19 @@ import statistics
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks import multiply_adds, peak_memory
+from benchmarks import bench_block, multiply_adds, peak_memory
 from benchmarks.bench_one_pass import default_forms, run_race
+from benchmarks.conftest import chosen_forms
 from benchmarks.forms import rivals
 from benchmarks.forms.models import random_unet
 from benchmarks.measure.interleave import interleave
 from benchmarks.measure.race import Case
+from testing.configs import CONFIGS
 
 ROOT = Path(__file__).parents[2]
 
@@ -154,12 +157,22 @@ def test_half_types_are_held_against_float32():
     assert 0 < race.of_form["tiue"]["relative_difference"] < 0.1
 
 
+# g++ compiles a file for every distinct fusion: of one level 43 in both forms.
+ONE_LEVEL = CONFIGS["tiny"] | {
+    "block_out_channels": (32,),
+    "down_block_types": ("CrossAttnDownBlock2D",),
+    "up_block_types": ("CrossAttnUpBlock2D",),
+    "layers_per_block": 1,
+}
+
+
 @pytest.mark.parametrize("form", ["published-compile", "tiue-compile"])
-def test_compiled_forms_compute_the_same(form):
+def test_compiled_forms_compute_the_same(form, monkeypatch):
     if shutil.which("g++") is None:
         pytest.skip("no g++: torch.compile generates C++ for a CPU")
-    unet = random_unet("tiny", torch.device("cpu"), torch.float32)
-    race = run_race(Case("tiny", 8, num_decoder_steps=2), unet, [form], 1, [])
+    monkeypatch.setitem(CONFIGS, "one level", ONE_LEVEL)
+    unet = random_unet("one level", torch.device("cpu"), torch.float32)
+    race = run_race(Case("one level", 8, num_decoder_steps=2), unet, [form], 1, [])
     assert race.not_run == {}
     assert race.of_form[form]["relative_difference"] < 2e-5
 
@@ -202,10 +215,9 @@ def test_pictures(levels):
 
 
 def test_unknown_forms_are_refused():
-    command = [sys.executable, "-m", "pytest", "benchmarks/bench_block.py", "--bench-forms=none"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode != 0
-    assert "no form 'none': choose of published, tiue" in done.stdout + done.stderr
+    asked = SimpleNamespace(getoption={"--bench-forms": ["tiue", "none"]}.get)
+    with pytest.raises(pytest.UsageError, match="no form 'none': choose of published, tiue"):
+        chosen_forms(asked, bench_block.FORMS, bench_block.FORMS)
 
 
 def test_rounds_are_interleaved():
