@@ -17,6 +17,7 @@ FLAGS = [
     "--disable-component-update",
     "--disable-sync",
 ]
+PATIENCE = 1.8e6  # milliseconds; a busy machine may take longer than the 30 s of the default
 WIDE, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
 
 
@@ -45,6 +46,7 @@ def open_page(url: str, size: dict[str, int] | None = None) -> Iterator[tuple[An
             executable_path=find_chromium(), headless=True, args=FLAGS
         )
         page = browser.new_context(viewport=size or WIDE).new_page()
+        page.set_default_timeout(PATIENCE)
         wrong: list[str] = []
         page.on("console", lambda m: wrong.append(m.text) if m.type == "error" else None)
         page.on("pageerror", lambda error: wrong.append(str(error)))

@@ -14,7 +14,6 @@ from tests.absent_gpu.device import compile_library
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.timeout(900)
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++: the device cannot be compiled")
 def test_whole_passes_keep_cudas_rules(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tests.absent_gpu", str(compile_library(tmp_path))]

@@ -76,7 +76,7 @@ def test_goes_on_where_it_stopped_and_draws_the_same_on_two_processes(place, tmp
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run(
         [*launch, "-m", "tiue", *words(place, tmp_path / "two")],
-        capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=200,
+        capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "6 pictures, 4 drawn now by this process" in done.stdout

@@ -84,7 +84,6 @@ def is_missing(capability: dispatch.Capability) -> bool:
     return capability.missing is not None and capability.missing() is not None
 
 
-@pytest.mark.timeout(900)  # the first test of a session that needs csrc compiles it
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("backend", ["triton", "cuda", "cpu"])
 def test_kernels_give_the_published_numbers(

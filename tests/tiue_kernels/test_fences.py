@@ -14,7 +14,6 @@ def attention() -> torch.Tensor:
     return torch.ops.tiue_cuda.cross_timestep_attention_fwd(query, query, query, 1, 1.0, None)[0]
 
 
-@pytest.mark.timeout(900)  # the first test of a session that needs csrc compiles it
 @pytest.mark.parametrize("allocate", [lambda: torch.empty(2, 3, 8), attention])
 @pytest.mark.parametrize("beside", [-1, 48])
 def test_a_store_beside_a_tensor_is_noticed(allocate, beside: int, host_library: Path) -> None:

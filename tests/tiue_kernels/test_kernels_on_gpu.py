@@ -32,7 +32,7 @@ from tiue_kernels import BackendError, dispatch, use_backend
 
 DEVICE = default_device()
 ON_GPU = DEVICE.type == "cuda"
-pytestmark = [pytest.mark.gpu, pytest.mark.timeout(120)]
+pytestmark = pytest.mark.gpu
 needs_gpu = pytest.mark.skipif(not ON_GPU, reason="no CUDA device")
 
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}

@@ -116,7 +116,6 @@ def test_a_driver_older_than_the_runtime_is_said(tmp_path: Path, toolkit, driver
     assert libraries._why_stale(library, "cuda") is None
 
 
-@pytest.mark.timeout(1500)
 def test_stable_abi_only(cuda_library: Path) -> None:
     library = cuda_library
     for tool in ("nm", "readelf"):

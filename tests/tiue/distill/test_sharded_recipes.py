@@ -66,7 +66,6 @@ def differing(one, other):
     return {name for name in names if getattr(one, name) != getattr(other, name)}
 
 
-@pytest.mark.timeout(600)
 def test_every_recipe_runs_sharded(make_config, tmp_path):
     tiny_xl_pipeline().save_pretrained(tmp_path / "xl")
     tiny_clip(tiny_tokenizer()).save_pretrained(tmp_path / "clip")

@@ -270,7 +270,7 @@ def test_the_command_draws_on_two_ranks_what_it_draws_on_one(tiny, inputs, tmp_p
     words = [str(word) for word in command(tiny, inputs, tmp_path / "two")]
     done = subprocess.run(
         [*launch, "-m", "tiue.evaluate", *words],
-        capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=200,
+        capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     one, two = (load_result(tmp_path / name / "result.json") for name in ("one", "two"))

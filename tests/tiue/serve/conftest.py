@@ -27,11 +27,14 @@ from tiue.serve.service import Service
 
 ROOT = Path(__file__).parents[3]
 HOSTS = ["127.0.0.1", "localhost"]
+# Seconds until what has not come is taken for lost: a busy machine takes less for anything here.
+PATIENCE = 1800.0
 
 
 def tiny_engine(**limits) -> Engine:
     teacher = tiny_pipeline(vae=tiny_autoencoder_tiny())
     pipe = TiUEPipeline(**{**teacher.components, "safety_checker": None})
+    limits = {"timeout": PATIENCE} | limits
     return Engine(pipe, "tiny", Limits(**limits), teacher, {"num_inference_steps": 2})
 
 
@@ -71,7 +74,7 @@ class Slow:
     def __call__(self, drawings):
         if drawings[0].prompt != "warm":
             self.begun.set()
-            assert self.go.wait(30)
+            assert self.go.wait(PATIENCE)
         return self._draw(drawings)
 
 
@@ -85,10 +88,10 @@ def hosted(engine: Engine) -> Iterator[str]:
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
-        yield urls.get(timeout=60)
+        yield urls.get(timeout=PATIENCE)
     finally:
         server.handle_exit(signal.SIGINT, None)
-        thread.join(60)
+        thread.join(PATIENCE)
         assert not thread.is_alive()
 
 
@@ -96,6 +99,7 @@ def hosted(engine: Engine) -> Iterator[str]:
 def served(folder: Path | None, *arguments: str) -> Iterator[tuple[subprocess.Popen, str]]:
     """`tiue serve` of a model folder on a free port: the process and its address."""
     command = [sys.executable, "-m", "tiue", "serve", "--port", "0", "--device", "cpu"]
+    command += ["--timeout", str(PATIENCE)]
     if folder is not None:
         command += ["--model", str(folder)]
     process = subprocess.Popen(
@@ -118,7 +122,7 @@ def ask(url: str, **settings) -> tuple[int, dict]:
         f"{url}/v1/images/generations", body, {"Content-Type": "application/json"}
     )
     try:
-        with urllib.request.urlopen(request, timeout=120) as answer:
+        with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
             return answer.status, json.load(answer)
     except urllib.error.HTTPError as error:
         return error.code, json.loads(error.read() or "{}")

@@ -3,6 +3,7 @@
 import json
 import re
 import resource
+import time
 import urllib.request
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 from PIL import Image
 
 from testing.browser import PHONE, WIDE, find_chromium, open_page
-from tests.tiue.serve.conftest import ROOT, Slow, hosted, tiny_engine
+from tests.tiue.serve.conftest import PATIENCE, ROOT, Slow, hosted, tiny_engine
 from tiue.serve.engine import Drawing
 from tiue.serve.limits import Limits
 from tiue.serve.page import _entries, _gallery
@@ -40,7 +41,8 @@ def see_captions(page, label: str, captions: list[str]) -> None:
     """Wait until a gallery has these captions and no others."""
     gallery = page.locator(".pictures", has=page.get_by_text(label, exact=True))
     texts = [re.compile(rf"^\s*{re.escape(text)}\s*$") for text in captions]
-    playwright.expect(gallery.locator(".caption-label")).to_have_text(texts, timeout=30_000)
+    shown = playwright.expect(gallery.locator(".caption-label"))
+    shown.to_have_text(texts, timeout=1000 * PATIENCE)
 
 
 @pytest.mark.parametrize("size", [WIDE, PHONE], ids=["1280", "390"])
@@ -67,7 +69,7 @@ def test_a_prompt_is_drawn_an_error_told_and_the_history_kept(chromium, address,
         page.get_by_text("apple (2)").wait_for()
         page.get_by_label("Seed").fill("77")
         page.get_by_text("apple (2)").click()
-        playwright.expect(page.get_by_label("Seed")).to_have_value("2", timeout=30_000)
+        playwright.expect(page.get_by_label("Seed")).to_have_value("2", timeout=1000 * PATIENCE)
         assert page.get_by_label("Prompt", exact=True).input_value() == "apple"
         assert page.evaluate(width) <= size["width"]
         # Nothing left this machine, nothing failed, nothing was said on the console.
@@ -129,12 +131,11 @@ def test_cancel_frees_the_place(chromium):
     slow = Slow(engine)
     with hosted(engine) as url, open_page(url) as (page, wrong):
         draw(page)
-        assert slow.begun.wait(20)
+        assert slow.begun.wait(PATIENCE)
         assert metric(url, "tiue_waiting_pictures") == 3  # of four
         page.get_by_role("button", name="Cancel").click()
-        for _ in range(200):
-            if metric(url, "tiue_waiting_pictures") == 0:
-                break
+        end = time.monotonic() + PATIENCE
+        while metric(url, "tiue_waiting_pictures") and time.monotonic() < end:
             page.wait_for_timeout(50)
         assert metric(url, "tiue_waiting_pictures") == 0
         assert metric(url, 'tiue_requests_total{door="page",outcome="cancelled"}') == 1
@@ -145,14 +146,14 @@ def test_cancel_frees_the_place(chromium):
 
 
 def metric(url: str, name: str) -> float:
-    with urllib.request.urlopen(f"{url}/metrics", timeout=10) as answer:
+    with urllib.request.urlopen(f"{url}/metrics", timeout=PATIENCE) as answer:
         found = re.search(rf"^{re.escape(name)} (\S+)$", answer.read().decode(), re.MULTILINE)
     return float(found[1]) if found else 0.0
 
 
 def send_event(address: str, photo: dict | None, session: str) -> tuple[bool, str]:
     """The page's own event, sent past the browser: whether it drew, and all that was said."""
-    with urllib.request.urlopen(f"{address}/config", timeout=30) as answer:
+    with urllib.request.urlopen(f"{address}/config", timeout=PATIENCE) as answer:
         event = next(d for d in json.load(answer)["dependencies"] if len(d["inputs"]) > 9)
     data = ["apple", 1, 4, 0, 1, "", photo, 0.8, False, False, []]
     body = {"data": data, "fn_index": event["id"], "session_hash": session}
@@ -161,9 +162,9 @@ def send_event(address: str, photo: dict | None, session: str) -> tuple[bool, st
         json.dumps(body).encode(),
         {"Content-Type": "application/json"},
     )
-    urllib.request.urlopen(request, timeout=30).close()
+    urllib.request.urlopen(request, timeout=PATIENCE).close()
     stream = f"{address}/gradio_api/queue/data?session_hash={session}"
-    with urllib.request.urlopen(stream, timeout=30) as answer:
+    with urllib.request.urlopen(stream, timeout=PATIENCE) as answer:
         said = answer.read().decode()
     done = [json.loads(line[6:]) for line in said.splitlines() if "process_completed" in line]
     return done[0]["success"], said

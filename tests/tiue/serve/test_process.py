@@ -11,7 +11,7 @@ import urllib.request
 
 import pytest
 
-from tests.tiue.serve.conftest import ask, served
+from tests.tiue.serve.conftest import PATIENCE, ask, served
 
 
 @pytest.fixture(scope="module")
@@ -32,13 +32,13 @@ def drawn(url: str, **settings) -> list[dict]:
 
 
 def metric(url: str, pattern: str) -> float:
-    with urllib.request.urlopen(f"{url}/metrics", timeout=10) as answer:
+    with urllib.request.urlopen(f"{url}/metrics", timeout=PATIENCE) as answer:
         found = re.search(rf"^{pattern} (\S+)$", answer.read().decode(), re.MULTILINE)
     return float(found[1]) if found else 0.0
 
 
-def wait_for(what, seconds: float = 20.0) -> None:
-    end = time.monotonic() + seconds
+def wait_for(what) -> None:
+    end = time.monotonic() + PATIENCE
     while not what():
         assert time.monotonic() < end
         time.sleep(0.02)
@@ -78,7 +78,7 @@ def test_kill_9_then_a_start_and_an_end_after_what_was_begun(folder, service):
     process, url = service
     first = drawn(url)
     process.kill()
-    process.wait(60)
+    process.wait(PATIENCE)
     with pytest.raises(urllib.error.URLError):
         ask(url)
     with served(folder, "--no-page", "--port", url.rpartition(":")[2]) as (process, again):
@@ -89,7 +89,7 @@ def test_kill_9_then_a_start_and_an_end_after_what_was_begun(folder, service):
         asked.start()
         wait_for(lambda: metric(url, "tiue_waiting_pictures") > 0 or answers)
         process.send_signal(signal.SIGTERM)
-        asked.join(60)
+        asked.join(PATIENCE)
         assert len(answers[0]) == 8
-        assert process.wait(60) in (0, -signal.SIGTERM)
+        assert process.wait(PATIENCE) in (0, -signal.SIGTERM)
         assert "Traceback" not in process.stderr.read()

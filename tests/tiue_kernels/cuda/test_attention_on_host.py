@@ -11,8 +11,7 @@ from testing.criterion import check, noise, plain_attention
 from tests.tiue_kernels.fences import fenced
 from tiue_kernels import dispatch
 
-# The first test of a session compiles csrc.
-pytestmark = [pytest.mark.usefixtures("host_library"), pytest.mark.timeout(900)]
+pytestmark = pytest.mark.usefixtures("host_library")
 kernels = torch.ops.tiue_cuda
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 

@@ -7,13 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from tests.tiue_kernels.spills import Allowed, complaints
 from tiue_kernels import build
 
 ROOT = Path(__file__).parents[3]
-pytestmark = pytest.mark.timeout(1500)
 
 # Kernels that may spill, by architecture and mangled name. None does.
 ALLOWED: dict[str, Allowed] = {}

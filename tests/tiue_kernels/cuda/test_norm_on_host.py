@@ -10,8 +10,7 @@ import torch
 from testing.criterion import check, noise, plain_norm
 from tests.tiue_kernels.fences import fenced
 
-# The first test of a session compiles csrc.
-pytestmark = [pytest.mark.usefixtures("host_library"), pytest.mark.timeout(900)]
+pytestmark = pytest.mark.usefixtures("host_library")
 kernels = torch.ops.tiue_cuda
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 FORMATS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
