@@ -69,11 +69,34 @@ def alone(make_config):
     return run(make_config(batch_size=4, **SETTINGS | {"steps": 4}))
 
 
-def test_two_processes_of_half_the_batch_are_one_process(make_config, alone, tmp_path):
-    config = make_config(batch_size=2, **SETTINGS)
+@pytest.fixture(scope="module")
+def together(make_config, tmp_path_factory):
+    """Every run that two processes make here, of one start: imports take most of its time.
+
+    A folder with the text that they embedded, settings by name, and what each rank tells by name.
+    """
+    own = {"sharding": "full", "sample_every": 2, "validation_prompts": ("sun",)}
+    half = {
+        "batch_size": 1, "gradient_accumulation_steps": 2, "mixed_precision": "bf16",
+        "gradient_checkpointing": "encoder", "recompute_feed_forward": True, "steps": 1,
+    }  # fmt: skip
+    plain = make_config(batch_size=2, **SETTINGS)
+    sharded = make_config(batch_size=2, **SETTINGS | own)
     # What two processes wrote, two go on from.
-    resumed = dataclasses.replace(config, steps=3, resume=True)
-    (first, second), again = launch(tmp_path, config, resumed)
+    runs = {
+        "plain": plain,
+        "plain, resumed": dataclasses.replace(plain, steps=3, resume=True),
+        "sharded": sharded,
+        "sharded, resumed": dataclasses.replace(sharded, steps=4, resume=True),
+        "sharded, bf16": make_config(**SETTINGS | own | half),
+    }
+    folder = tmp_path_factory.mktemp("together")
+    return folder, runs, dict(zip(runs, launch(folder, *runs.values()), strict=True))
+
+
+def test_two_processes_of_half_the_batch_are_one_process(alone, together, tmp_path):
+    folder, runs, told = together
+    config, (first, second), again = runs["plain"], told["plain"], told["plain, resumed"]
     assert_gradients_near(first, alone)
     assert_same_on_both(first, second)
     assert_same_on_both(*again)
@@ -82,11 +105,11 @@ def test_two_processes_of_half_the_batch_are_one_process(make_config, alone, tmp
     assert states == ["random_states_0.pkl", "random_states_1.pkl"]
     assert len((config.output / "log.jsonl").read_text().splitlines()) == 3
     # The embeddings that both wrote together are those of one.
-    together = StoredPrompts(tmp_path / "text", torch.device("cpu"))
+    both = StoredPrompts(folder / "text", torch.device("cpu"))
     apart = embed_text(config.teacher, config.prompts, tmp_path / "own", shard_size=2, cpu=True)
-    assert together.prompts == StoredPrompts(apart, torch.device("cpu")).prompts
+    assert both.prompts == StoredPrompts(apart, torch.device("cpu")).prompts
     for name in ("embeddings-00000", "embeddings-00001", "embeddings-00002", "empty"):
-        files = [load_file(folder / f"{name}.safetensors") for folder in (tmp_path / "text", apart)]
+        files = [load_file(place / f"{name}.safetensors") for place in (folder / "text", apart)]
         assert torch.equal(files[0]["prompt_embeds"], files[1]["prompt_embeds"]), name
 
 
@@ -98,17 +121,11 @@ def test_two_micro_batches_are_one_batch(make_config, kl_reduction):
     assert_gradients_near(actual, expected)
 
 
-def test_sharded_processes_are_one_process(make_config, alone, tmp_path):
+def test_sharded_processes_are_one_process(alone, together):
     """FSDP2: every parameter a DTensor; saved, looked at and gone on from like any other run."""
-    own = {"sharding": "full", "sample_every": 2, "validation_prompts": ("sun",)}
-    config = make_config(batch_size=2, **SETTINGS | own)
-    resumed = dataclasses.replace(config, steps=4, resume=True)
-    half = make_config(
-        batch_size=1, gradient_accumulation_steps=2, mixed_precision="bf16",
-        gradient_checkpointing="encoder", recompute_feed_forward=True,
-        **SETTINGS | own | {"steps": 1},
-    )  # fmt: skip
-    begun, (first, second), (bf16, _) = launch(tmp_path, config, resumed, half)
+    _, runs, told = together
+    config, begun = runs["sharded"], told["sharded"]
+    (first, second), (bf16, _) = told["sharded, resumed"], told["sharded, bf16"]
     for part in ("student", "lora"):
         assert first[f"{part} sharded"].min() == bf16[f"{part} sharded"].min() == 1
     assert_gradients_near(begun[0], alone)
