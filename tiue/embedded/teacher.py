@@ -144,7 +144,8 @@ def stratified_timesteps(count: int, steps: int, generator: torch.Generator) -> 
     comes from each of `count` equally likely parts, for less noise in the loss.
     """
     quantiles = (torch.arange(count) + torch.rand(count, generator=generator)) / count
-    return (quantiles.sqrt() * steps).long()
+    # A quantile just below 1 has a root that rounds to 1.
+    return (quantiles.sqrt() * steps).long().clamp(max=steps - 1)
 
 
 class TeacherTraining(ABC):

@@ -110,6 +110,13 @@ def test_timesteps_are_one_from_each_of_equally_likely_parts():
     assert (timesteps / 1000).square().mul(10).lt(parts + 1).all()
 
 
+def test_the_last_timestep_is_the_largest_that_is_drawn(monkeypatch):
+    # Once in some 30,000 steps of 32 pictures; the training ended in an IndexError.
+    monkeypatch.setattr(torch, "rand", lambda count, generator: torch.full((count,), 1 - 2**-24))
+    timesteps = stratified_timesteps(32, 1000, torch.Generator())
+    assert timesteps[-1] == 999
+
+
 def test_prompts_are_dropped_and_swapped_for_aliases_as_often_as_configured(pictures):
     training = teacher_stage(pictures)
     pizza = pictures.prompts.index("pizza")
