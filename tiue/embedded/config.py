@@ -51,7 +51,7 @@ class DecoderConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherConfig:
-    """A latent diffusion teacher: UNet and text encoder, trained together on prompts."""
+    """A latent diffusion teacher: UNet and text encoder."""
 
     steps: int
     batch_size: int

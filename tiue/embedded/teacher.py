@@ -158,6 +158,8 @@ class TeacherTraining(ABC):
         config: sizes, rates, steps, seed.
     """
 
+    # Else it keeps the weights that it was given.
+    trains_text_encoder: ClassVar[bool] = True
     # Of the contact sheets.
     sheet_prompts: ClassVar[tuple[str, ...]]
     sheet_every: ClassVar[int]
@@ -182,11 +184,16 @@ class TeacherTraining(ABC):
             self.unet.set_attn_processor(AttnProcessor())
         self.text_encoder = build_text_encoder(config, tokenizer).train()
         self.scheduler = self.build_scheduler()
-        self.parameters = [*self.unet.parameters(), *self.text_encoder.parameters()]
+        self.text_encoder.requires_grad_(self.trains_text_encoder)
+        self.parameters = self._trained(self.unet, self.text_encoder)
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=config.learning_rate, weight_decay=1e-3, fused=True
         )
         self.ema = EMAModel(self.parameters, decay=config.ema_decay, foreach=True)
+
+    def _trained(self, unet: nn.Module, text_encoder: nn.Module) -> list[nn.Parameter]:
+        modules = (unet, text_encoder) if self.trains_text_encoder else (unet,)
+        return [parameter for module in modules for parameter in module.parameters()]
 
     @staticmethod
     @abstractmethod
@@ -268,7 +275,8 @@ class TeacherTraining(ABC):
         """Copies of the averaged weights in diffusers' own Stable Diffusion pipeline."""
         unet = self.build_unet(self.config)
         text_encoder = build_text_encoder(self.config, self.tokenizer)
-        self.ema.copy_to([*unet.parameters(), *text_encoder.parameters()])
+        text_encoder.load_state_dict(self.text_encoder.state_dict())
+        self.ema.copy_to(self._trained(unet, text_encoder))
         pipeline = StableDiffusionPipeline(
             vae=vae,
             text_encoder=text_encoder.eval(),

@@ -103,6 +103,21 @@ class AutoencoderConfig(embedded.AutoencoderConfig):
     pool: int = 8192
 
 
+@dataclass(frozen=True)
+class TextConfig:
+    """The text encoder's own training, before the teacher's."""
+
+    steps: int = 2400
+    batch_size: int = 96
+    learning_rate: float = 1e-3
+    warmup_steps: int = 100
+    decay_share: float = 0.25
+    # Of prompts that name a relation, which is the longest to learn.
+    related_share: float = 2 / 3
+    pool: int = 65536
+    seed: int = 0
+
+
 @dataclass(frozen=True, kw_only=True)
 class TeacherConfig(embedded.TeacherConfig):
     """The teacher of the scenes, in Stable Diffusion's own terms."""

@@ -24,7 +24,7 @@ _log = logging.getLogger(__name__)
 
 LEVELS = ("exact", "partial", "category")
 LEVEL_SHARES = (0.4, 0.4, 0.2)
-COUNT_SHARES = (0.25, 0.5, 0.25)  # of one, two and three objects
+COUNT_SHARES = (0.3, 0.55, 0.15)  # of one, two and three objects
 HELD_OUT_SHARE = 0.1
 _NUMBERS = ("", "one", "two", "three")
 _OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}

@@ -9,11 +9,11 @@ import typer
 
 from tiue.embedded.commands import DecoderSteps, RecipeSteps, Resume, Seed, Steps, Weights, Work
 from tiue.embedded.config import DECODER_STEPS, DecoderConfig
-from tiue.scenes.config import AutoencoderConfig, TeacherConfig
+from tiue.scenes.config import AutoencoderConfig, TeacherConfig, TextConfig
 from tiue.terminal import command_group
 
 app = command_group(
-    "Make the scenes model: autoencoder, decoder, teacher, student, export, in this order."
+    "Make the scenes model: autoencoder, decoder, text, teacher, student, export, in this order."
 )
 
 DEFAULT_WORK = Path("runs/scenes")
@@ -54,6 +54,20 @@ def decoder(
 
 
 @app.command()
+def text(
+    work: Work = DEFAULT_WORK,
+    steps: Steps = TextConfig.steps,
+    seed: Seed = TextConfig.seed,
+    resume: Resume = False,
+) -> None:
+    """Train the text encoder to say what may be where, for the teacher, which keeps it as it is."""
+    from tiue.scenes.text import train_text_encoder
+
+    config = TextConfig(steps=steps, seed=seed)
+    train_text_encoder(work / "text", TeacherConfig(), config, resume)
+
+
+@app.command()
 def teacher(
     work: Work = DEFAULT_WORK,
     steps: Steps = TeacherConfig.steps,
@@ -63,7 +77,7 @@ def teacher(
         bool, typer.Option("--bf16", help="Compute in bfloat16: faster where a CPU has it.")
     ] = TeacherConfig.bf16,
 ) -> None:
-    """Train the teacher's UNet and text encoder on the autoencoder's latents.
+    """Train the teacher's UNet on the autoencoder's latents.
 
     With --resume and no checkpoint in the work folder, the shipped teacher is trained on.
 

@@ -13,10 +13,11 @@ from tiue.embedded.export import export_weights
 from tiue.embedded.loop import decaying_rate, run
 from tiue.errors import CheckpointError
 from tiue.scenes import load_scenes_teacher
-from tiue.scenes.config import MAX_PROMPT_TOKENS, TeacherConfig
+from tiue.scenes.config import MAX_PROMPT_TOKENS, TeacherConfig, TextConfig
 from tiue.scenes.data import load_latents, load_pool, write_prompts
 from tiue.scenes.grammar import draw_request
-from tiue.scenes.teacher import TeacherTraining, save_averaged
+from tiue.scenes.teacher import TeacherTraining, save_averaged, train_teacher
+from tiue.scenes.text import train_text_encoder
 from tiue.schedule import OnePassSchedule
 
 TEACHER = TeacherConfig(
@@ -92,6 +93,22 @@ def test_a_teacher_in_training_is_exported_and_goes_on_from_there(pool, tmp_path
         training(pool, replace(TEACHER, channels=(32, 64))).load_exported(shipped)
     with pytest.raises(CheckpointError, match="no training"):
         save_averaged(tmp_path / "autoencoder", tmp_path / "nothing", TEACHER)
+
+
+def test_the_text_encoder_keeps_the_weights_of_its_own_training(pool, tmp_path):
+    config = AutoencoderConfig(width=8, encoder_blocks=(0, 0, 1, 1), decoder_blocks=(1, 1, 1, 0))
+    build_autoencoder(config).save_pretrained(tmp_path / "autoencoder" / "vae")
+    stages = (pool, tmp_path / "autoencoder", tmp_path / "teacher", replace(TEACHER, steps=2))
+    with pytest.raises(CheckpointError, match=r"run `\.\.\. text` before"):
+        train_teacher(*stages)
+    text = train_text_encoder(
+        tmp_path / "text", TEACHER, TextConfig(steps=2, batch_size=4, warmup_steps=1, pool=16)
+    )
+    pipeline = train_teacher(*stages)
+    for name, value in text.state_dict().items():
+        assert pipeline.text_encoder.state_dict()[name].equal(value), name
+    first = training(pool).averaged_pipeline(None)
+    assert not pipeline.unet.conv_in.weight.equal(first.unet.conv_in.weight)
 
 
 def test_every_word_is_one_token_and_every_prompt_fits(pool):
