@@ -28,7 +28,7 @@ class TeacherTraining(embedded.TeacherTraining):
     config: TeacherConfig
     sheet_prompts = (*TEN_PROMPTS, *TEN_PROMPTS)
     sheet_every = 500
-    # As Stable Diffusion's: trained on with the UNet, it forgot within 4,000 updates what "left of"
+    # As Stable Diffusion's: trained on with the UNet, it forgot within 6,400 updates what "left of"
     # means, of which little reaches it.
     trains_text_encoder = False
 
