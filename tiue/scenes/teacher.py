@@ -98,26 +98,14 @@ class TeacherTraining(embedded.TeacherTraining):
             self.text_encoder.load_state_dict(pipeline.text_encoder.state_dict())
         except RuntimeError as error:
             raise CheckpointError(f"the teacher in {folder} is of another configuration") from error
-        self._average_anew()
+        for averaged, parameter in zip(self.ema.shadow_params, self.parameters, strict=True):
+            averaged.copy_(parameter.detach())
         facts = json.loads((folder / "training.json").read_text(encoding="utf-8"))
         steps: int = facts["steps"]
         # The average has forgotten nothing: it weighs new weights as it did at that step.
         self.ema.optimization_step = steps
         self.first = steps
         return steps, facts["seconds"]
-
-    def load_text_encoder(self, folder: Path) -> None:
-        """Takes the text encoder that its own training left in a folder.
-
-        Raises:
-            CheckpointError: it is of other sizes.
-        """
-        load_text_encoder(self.text_encoder, folder)
-        self._average_anew()
-
-    def _average_anew(self) -> None:
-        for averaged, parameter in zip(self.ema.shadow_params, self.parameters, strict=True):
-            averaged.copy_(parameter.detach())
 
 
 def train_teacher(
@@ -144,8 +132,8 @@ def train_teacher(
         if start is not None:
             first, seconds = training.load_exported(start)
         text = folder.parent / "text"
-        if (text / CHECKPOINT).exists():
-            training.load_text_encoder(text)
+        if (text / "training.json").exists():  # trained to its end
+            load_text_encoder(training.text_encoder, text)
         elif start is None:
             raise CheckpointError(f"no text encoder in {text}: run `... text` before `... teacher`")
     return run_teacher(training, vae, folder, resume, first, seconds)

@@ -7,7 +7,7 @@ import torch
 
 from tiue.embedded.loop import run
 from tiue.errors import CheckpointError
-from tiue.scenes.config import OBJECTS, RELATIONS, TeacherConfig, TextConfig
+from tiue.scenes.config import GROUNDS, OBJECTS, RELATIONS, TeacherConfig, TextConfig
 from tiue.scenes.scene import Placed, Scene, training_scenes
 from tiue.scenes.text import (
     NOTHING,
@@ -48,6 +48,9 @@ def test_two_thirds_of_the_prompts_name_a_relation_that_their_scene_shows():
     assert drawn.draw(1)[0] != prompts
     told = re.compile(rf"(\w+) ({'|'.join(RELATIONS)}) (?:an?) (?:small |large )?(\w+)")
     assert all(told.search(prompt) for prompt in prompts[:8])
+    for prompt, index in zip(prompts, chosen, strict=True):
+        if " on a " in prompt:
+            assert f" on a {tuple(GROUNDS)[drawn.grounds[index]]} ground" in prompt
     for prompt, layout in zip(prompts, layouts, strict=True):
         if not (found := told.search(prompt)):
             continue

@@ -104,6 +104,11 @@ def test_the_text_encoder_keeps_the_weights_of_its_own_training(pool, tmp_path):
     text = train_text_encoder(
         tmp_path / "text", TEACHER, TextConfig(steps=2, batch_size=4, warmup_steps=1, pool=16)
     )
+    facts = tmp_path / "text" / "training.json"
+    facts.rename(tmp_path / "facts")  # as where its training was stopped on the way
+    with pytest.raises(CheckpointError, match=r"run `\.\.\. text` before"):
+        train_teacher(*stages)
+    (tmp_path / "facts").rename(facts)
     pipeline = train_teacher(*stages)
     for name, value in text.state_dict().items():
         assert pipeline.text_encoder.state_dict()[name].equal(value), name
